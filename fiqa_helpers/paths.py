@@ -47,7 +47,8 @@ class Workspace:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise WorkshopError(
-                f"Cannot write to {folder} ({error.strerror}): set the parameter workdir to a folder you may write to."
+                f"Cannot write to {folder} ({error.strerror}): "
+                "set the parameter workdir to a folder you may write to."
             ) from None
         return folder
 

@@ -1,0 +1,210 @@
+"""Profiles: one name that sets model, data, precision, batch layout and length of a run for a machine."""
+
+from dataclasses import dataclass, fields, replace
+
+from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.overrides import parse_overrides
+
+NEMOTRON = "nvidia/Llama-3.1-Nemotron-Nano-8B-v1"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Everything that decides what a run computes. Lengths are in tokens, memory in GiB."""
+
+    name: str
+    title: str
+    model: str  # hub id, folder, "packaged" (SmolLM2 from the package index) or "random" (tests)
+    model_revision: str  # hub revision: a branch, tag or commit hash
+    data: str  # "hub", "packaged" or a folder of split files
+    device: str  # "cpu" or "cuda"
+    dtype: str  # "float32" or "bfloat16": the base model's weights and the forward pass
+    layout: str  # "padded": rows side by side; "packed": rows end to end, attention kept inside each
+    max_length: int  # tokens of a row, prompt and answer together; longer rows are cut
+    tokens_per_batch: int  # token budget of one forward pass
+    batch_size: int  # rows of one optimizer step
+    learning_rate: float  # peak of AdamW's schedule
+    epochs: int  # passes over the training rows, unless max_steps ends the run earlier
+    max_steps: int  # optimizer steps; -1 means all of the epochs
+    warmup_ratio: float  # part of the steps in which the learning rate rises
+    lora_rank: int
+    lora_alpha: int
+    lora_dropout: float
+    lora_targets: tuple[str, ...]
+    gradient_checkpointing: bool
+    train_rows: int  # rows used for training; -1 means all
+    eval_rows: int  # validation rows; -1 means all
+    eval_steps: int  # optimizer steps between evaluations (and checkpoints)
+    sample_steps: int  # optimizer steps between sample answers
+    max_new_tokens: int  # longest generated answer
+    prompt: str  # "plain" or "chat"
+    seed: int
+
+    def banner(self) -> str:
+        """One line that keeps a laptop's figure from being read as an 8B one."""
+        model = {"packaged": "SmolLM2-135M-Instruct", "random": "random weights"}.get(self.model, self.model)
+        data = {"packaged": "packaged FiQA rows", "hub": "FiQA from the hub"}.get(self.data, self.data)
+        return f"Profile {self.name} ({self.title}): {model}, {self.dtype} on {self.device}, {data}"
+
+
+REFERENCE = Profile(
+    name="reference",
+    title="the reference recipe",
+    model=NEMOTRON,
+    model_revision="main",
+    data="hub",
+    device="cuda",
+    dtype="bfloat16",
+    layout="padded",
+    max_length=2048,
+    tokens_per_batch=8192,
+    batch_size=16,
+    learning_rate=2e-4,
+    epochs=3,
+    max_steps=-1,
+    warmup_ratio=0.1,
+    lora_rank=8,
+    lora_alpha=32,
+    lora_dropout=0.05,
+    lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"),
+    gradient_checkpointing=True,
+    train_rows=-1,
+    eval_rows=-1,
+    eval_steps=50,
+    sample_steps=100,
+    max_new_tokens=256,
+    prompt="plain",
+    seed=42,
+)
+
+_LAPTOP = replace(
+    REFERENCE,
+    name="laptop",
+    title="2 CPU cores, no GPU",
+    model="packaged",
+    data="packaged",
+    device="cpu",
+    dtype="float32",
+    max_length=320,
+    tokens_per_batch=1024,
+    batch_size=8,
+    learning_rate=2e-3,
+    epochs=1,
+    max_steps=10,
+    gradient_checkpointing=False,
+    train_rows=160,
+    eval_rows=16,
+    eval_steps=5,
+    sample_steps=5,
+    max_new_tokens=48,
+)
+_GPU80 = replace(
+    REFERENCE, name="gpu80", title="one 80 GB GPU", layout="packed", gradient_checkpointing=False
+)
+
+PROFILES = {
+    "laptop": _LAPTOP,
+    "gpu24": replace(_GPU80, name="gpu24", title="one 24 GB GPU", gradient_checkpointing=True),
+    "gpu80": _GPU80,
+    "tiny": replace(
+        _LAPTOP,
+        name="tiny",
+        title="random weights, for tests only",
+        model="random",
+        max_length=128,
+        tokens_per_batch=512,
+        batch_size=4,
+        max_steps=4,
+        train_rows=24,
+        eval_rows=4,
+        eval_steps=2,
+        sample_steps=2,
+        max_new_tokens=8,
+    ),
+}
+
+MEMORY_NEEDED = {"gpu24": 21, "gpu80": 60}  # GiB free on the card for profile auto to choose it
+
+
+def load_profile(profile: str = "auto", overrides: str = "") -> Profile:
+    """The named profile with `overrides`, a YAML mapping such as `{max_steps: 20, learning_rate: 1e-4}`.
+
+    `auto` takes the largest profile that fits this machine and prints why. A profile that was asked for by
+    name and cannot run here is refused; nothing falls back in silence.
+
+    Raises:
+        WorkshopError: unknown profile, unknown or impossible override, or a machine that cannot run it.
+    """
+    if profile == "auto":
+        profile, reason = choose_profile()
+        print(f"Profile auto chose {profile}: {reason}.")
+    if profile not in PROFILES:
+        raise WorkshopError(f"profile is {profile!r}: choose one of auto, {', '.join(PROFILES)}.")
+    kinds = {field.name: field.type for field in fields(Profile) if field.name not in ("name", "title")}
+    chosen = replace(PROFILES[profile], **parse_overrides(overrides, kinds))
+    if chosen.tokens_per_batch < chosen.max_length:
+        raise WorkshopError(
+            f"tokens_per_batch is {chosen.tokens_per_batch}, less than one row of max_length "
+            f"{chosen.max_length}: raise tokens_per_batch or lower max_length."
+        )
+    _refuse_if_impossible(chosen)
+    return chosen
+
+
+def choose_profile() -> tuple[str, str]:
+    """(name, reason) of the largest profile that this machine can run."""
+    from fiqa_helpers import machine
+
+    gpu = machine.gpu()
+    if gpu is None:
+        return "laptop", "no NVIDIA GPU was found"
+    if gpu.problem:
+        return "laptop", f"{gpu.name} cannot be used: {gpu.problem}"
+    for name in ("gpu80", "gpu24"):
+        if gpu.free_gib >= MEMORY_NEEDED[name]:
+            return name, f"{gpu.name} has {gpu.free_gib:.0f} GiB free, {MEMORY_NEEDED[name]} are needed"
+    return (
+        "laptop",
+        f"{gpu.name} has {gpu.free_gib:.0f} GiB free, {MEMORY_NEEDED['gpu24']} are needed for gpu24",
+    )
+
+
+def differences(profile: Profile) -> list[dict[str, object]]:
+    """Each setting of `profile` that differs from the reference run: rows of setting, reference, here."""
+    skip = {"name", "title", "model_revision"}
+    return [
+        {
+            "setting": field.name,
+            "reference": getattr(REFERENCE, field.name),
+            "here": getattr(profile, field.name),
+        }
+        for field in fields(Profile)
+        if field.name not in skip and getattr(profile, field.name) != getattr(REFERENCE, field.name)
+    ]
+
+
+def _refuse_if_impossible(profile: Profile) -> None:
+    """A run that this machine cannot make stops here, with the remedy, before anything is downloaded."""
+    if profile.device != "cuda":
+        return
+    from fiqa_helpers import machine
+
+    gpu = machine.gpu()
+    if gpu is None:
+        raise WorkshopError(
+            f"Profile {profile.name} needs an NVIDIA GPU and none was found: "
+            "use profile laptop, or a machine with one."
+        )
+    if gpu.problem:
+        raise WorkshopError(f"Profile {profile.name} cannot use {gpu.name}: {gpu.problem}")
+    if profile.dtype == "bfloat16" and not gpu.bf16:
+        raise WorkshopError(
+            f"{gpu.name} does not compute in bf16: "
+            "use a GPU of the Ampere generation or newer, or profile laptop."
+        )
+    needed = MEMORY_NEEDED.get(profile.name, 0) if profile.model == NEMOTRON else 0
+    if gpu.free_gib < needed:
+        raise WorkshopError(
+            f"{gpu.name} has {gpu.free_gib:.0f} GiB free and profile {profile.name} needs {needed}: "
+            "close what else uses the card, or take a smaller profile."
+        )

@@ -1,0 +1,72 @@
+"""Run cards: what a notebook did, on what, for how long, so that the next one can check what it builds on."""
+
+import json
+import os
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "nemo-automodel",
+    "nemo-evaluator",
+    "liger-kernel",
+    "triton",
+)
+
+
+def write_card(path: Path, **content: object) -> dict:
+    """Write `content` with time, versions and git revision added, as JSON; returns what was written."""
+    card = {"written": datetime.now(UTC).isoformat(timespec="seconds"), **content}
+    card |= {"versions": versions(), "git_revision": git_revision()}
+    write_json(path, card)
+    return card
+
+
+def read_card(path: Path) -> dict | None:
+    """The card at `path`; None when there is none, or when it is not one."""
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return card if isinstance(card, dict) else None
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a half."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False, default=str)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide a result."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_revision() -> str:
+    """Short commit of the working folder, `+` when it holds changes; "unknown" outside a clone."""
+    git = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    folder = Path(__file__).resolve().parent
+    try:
+        run = subprocess.run(git, cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return run.stdout.strip() or "unknown"
