@@ -79,7 +79,7 @@ class Run:
         return Image(path.read_bytes(), format="png", alt=alt)
 
     def finish(self, figure: str, files: list[Path] | None = None, **facts: object) -> None:
-        """Write the run card: `figure` is the notebook's main result in a few words, `facts` are for machines."""
+        """Write the run card: `figure` is the main result in a few words, `facts` its numbers."""
         from fiqa_helpers import machine
 
         card = write_card(

@@ -15,6 +15,7 @@ SYSTEM_TEXT = (
     "Include relevant context, examples, and explanations when appropriate."
 )
 IGNORE_INDEX = -100  # PyTorch's cross-entropy leaves out positions with this label
+_SLOT = "\u241f question \u241f"  # stands for the question while a chat template is rendered
 
 
 def build_prompt(
@@ -41,9 +42,22 @@ def build_prompt(
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-def prompt_ids(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Token ids of a prompt with exactly one BOS where the tokenizer has one (a chat template writes its own)."""
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+def encode_prompt(question: str, tokenizer: "PreTrainedTokenizerBase", style: str = "plain") -> list[int]:
+    """Token ids of the prompt, with exactly one BOS where the tokenizer has one.
+
+    Special tokens count as such only where the template wrote them: a question that contains the text of an
+    end token is spelled out in ordinary tokens.
+    """
+
+    def plain_ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    if style == "plain":
+        ids = plain_ids(build_prompt(question, style))
+    else:
+        before, after = build_prompt(_SLOT, style, tokenizer).split(_SLOT)
+        template = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
+        ids = [*template[0], *plain_ids(question), *template[1]]
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
@@ -65,7 +79,7 @@ def encode(
     Raises:
         WorkshopError: the prompt alone fills the row, so that nothing would be trained.
     """
-    prompt = prompt_ids(build_prompt(question, style, tokenizer), tokenizer)
+    prompt = encode_prompt(question, tokenizer, style)
     space = " " if style == "plain" else ""
     text = tokenizer(space + answer.strip(), add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if len(prompt) >= max_length:
