@@ -1,0 +1,67 @@
+# The commands of the README. `make` alone lists them. Needs a POSIX shell and Python 3.12 or 3.13.
+
+VENV ?= .venv
+PROFILE ?= auto
+OVERRIDES ?=
+WORKDIR ?=
+ONLY ?=
+FRESH ?=
+ARGS ?=
+
+# Values reach the shell through the environment, unexpanded: spaces, quotes and braces in them stay as they are.
+export FIQA_VENV := $(value VENV)
+export FIQA_PROFILE := $(value PROFILE)
+export FIQA_OVERRIDES := $(value OVERRIDES)
+export FIQA_WORKDIR := $(value WORKDIR)
+export FIQA_ONLY := $(value ONLY)
+python = "$$FIQA_VENV/bin/python"
+
+.DEFAULT_GOAL := help
+.PHONY: help run test test-slow lab env check lint format clean lock
+
+help:  ## list these commands
+	@echo "make COMMAND [NAME=value ...]"
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' Makefile | awk -F'|' '{ printf "%-13s %s\n", $$1, $$2 }'
+	@echo
+	@echo "For run:  PROFILE=auto|laptop|gpu24|gpu80  OVERRIDES='{max_steps: 20}'  WORKDIR=folder  ONLY=01,02  FRESH=1"
+	@echo "For all:  VENV=folder (default .venv)  PYTHON=python3.13  ARGS='more arguments for the program called'"
+
+run: env  ## run the whole tutorial without a browser, with progress; ends with a table of results
+	@$(python) -m fiqa_helpers run --profile "$$FIQA_PROFILE" --overrides "$$FIQA_OVERRIDES" \
+		--workdir "$$FIQA_WORKDIR" --only "$$FIQA_ONLY" $(if $(filter-out 0 no false,$(FRESH)),--fresh) $(ARGS)
+
+test: env  ## lint, unit tests, and every notebook executed once
+	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+	@$(python) -m pytest -m "not slow" $(ARGS)
+
+test-slow: env  ## the second tier of tests: longer runs, kills, resumes
+	@$(python) -m pytest -m slow $(ARGS)
+
+lab: env  ## open the workshop in JupyterLab
+	@$(python) -m jupyterlab notebooks/00_start_here.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+
+env:  ## make or update the environment only
+	@scripts/make_env.sh "$$FIQA_VENV"
+
+check: env  ## check this machine: one line for each requirement, for bug reports too
+	@$(python) -m fiqa_helpers check --profile "$$FIQA_PROFILE" --overrides "$$FIQA_OVERRIDES" \
+		--workdir "$$FIQA_WORKDIR" $(ARGS)
+
+lint: env  ## ruff over code and notebooks
+	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+
+format: env  ## let ruff format code and notebooks
+	@$(python) -m ruff check --fix .
+	@$(python) -m ruff format .
+
+clean:  ## delete what runs wrote here (data, checkpoints, outputs) and tool caches; keeps the environment
+	rm -rf data checkpoints outputs build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find notebooks fiqa_helpers tests -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+lock: env  ## pin all dependencies again in constraints.txt (needs an index; UPGRADE=1 takes the newest versions)
+	@$(python) -m uv --version >/dev/null 2>&1 || $(python) -m pip install --quiet uv
+	@$(python) -m uv pip compile pyproject.toml --all-extras --universal --python-version 3.12 --no-config \
+		--no-emit-index-url --no-emit-find-links --annotation-style line $(if $(UPGRADE),--upgrade) \
+		--custom-compile-command "make lock" --quiet --output-file constraints.txt
