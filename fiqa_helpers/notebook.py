@@ -148,7 +148,15 @@ def quiet() -> None:
     os.environ.setdefault("TQDM_DISABLE" if not is_interactive() else "TQDM_MININTERVAL", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    for module in ("torch", "torchao", "peft", "nemo_automodel", "transformers", "liger_kernel"):
+    for module in (
+        "torch",
+        "torchao",
+        "peft",
+        "nemo_automodel",
+        "megatron_fsdp",
+        "transformers",
+        "liger_kernel",
+    ):
         warnings.filterwarnings("ignore", category=UserWarning, module=module)
     for name in ("nemo_automodel", "torchao", "torch.utils._pytree", "transformers", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
