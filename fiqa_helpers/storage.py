@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from fiqa_helpers.errors import WorkshopError
 
@@ -103,20 +104,20 @@ def digest(path: Path) -> str:
     return hashlib.sha256("".join(f"{digest(p)}  {name}\n" for name, p in files).encode()).hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) so that readers see the old file or the new one, never half of it."""
-    with tempfile.NamedTemporaryFile(
-        "wb", dir=path.parent, prefix=f".tmp-{path.name}-", delete=False
-    ) as file:
-        try:
-            file.write(text.encode("utf-8"))
+@contextlib.contextmanager
+def atomic_writer(path: Path) -> Iterator[TextIO]:
+    """A UTF-8 file that takes the place of `path` when the block ends well; readers never see half of it."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".tmp-{path.name}-")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # a temporary file is private; the finished one is not
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        os.chmod(name, 0o644)  # a temporary file is private; the finished one is not
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
 def _to_disk(path: Path) -> None:

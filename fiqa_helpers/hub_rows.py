@@ -1,0 +1,70 @@
+"""FiQA's rows from the Hugging Face hub, under the names and revisions it is known by."""
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from fiqa_helpers.errors import WorkshopError
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+NAMES = ("explodinggradients/fiqa", "vibrantlabsai/fiqa")
+CONFIG = "main"
+PARQUET = "refs/convert/parquet"  # the hub's own conversion, for the years when the data set was a script
+REMEDY = "use data: packaged (the 648 rows of the test split), or give a folder with the split files as data"
+
+
+def load_from_hub(revision: str = "") -> tuple[str, "DatasetDict"]:
+    """(what was used, in words; its splits). `revision`: a branch, tag or commit; empty tries those known.
+
+    Without a network, the copy that an earlier run left in the Hugging Face cache is used, and said so.
+
+    Raises:
+        WorkshopError: the hub can't be reached, or has FiQA under none of the known names.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    reasons = []
+    for name in NAMES:
+        for candidate in [revision] if revision else ["main", PARQUET]:
+            try:
+                commit = _commit(name, candidate)
+                return f"{name}, config {CONFIG}, revision {commit}", _load(name, commit, candidate)
+            except HfHubHTTPError as error:
+                status = getattr(error.response, "status_code", "no answer")
+                reasons.append(f"{name} at {candidate}: HTTP {status}")
+            except (ValueError, RuntimeError) as error:  # a script repository, or one without this config
+                reasons.append(f"{name} at {candidate}: {_first_line(error)}")
+            except (
+                Exception
+            ) as error:  # httpx, requests and huggingface_hub each have a word for "no network"
+                raise WorkshopError(f"The hub cannot be reached ({_first_line(error)}): {REMEDY}.") from None
+    raise WorkshopError(f"The hub has no usable FiQA ({'; '.join(reasons)}): {REMEDY}.")
+
+
+def _cached(revision: str, error: Exception) -> tuple[str, "DatasetDict"]:
+    """What an earlier run downloaded; with `error` in the message when there is nothing."""
+    for name in NAMES:
+        with contextlib.suppress(Exception):  # each way of not being cached is another kind of error
+            return f"{name}, config {CONFIG}, cached copy (the hub cannot be reached)", _load(name, revision)
+    raise WorkshopError(f"The hub cannot be reached ({_first_line(error)}): {REMEDY}.") from None
+
+
+def _commit(name: str, revision: str) -> str:
+    """The commit hash behind `revision`, so that all files come from one state, which can be cited."""
+    from huggingface_hub import HfApi
+
+    return HfApi().dataset_info(name, revision=revision, timeout=20).sha or revision
+
+
+def _load(name: str, commit: str, revision: str = "main") -> "DatasetDict":
+    from datasets import load_dataset
+
+    if revision != PARQUET:
+        return load_dataset(name, CONFIG, revision=commit or None)
+    files = {split: f"{CONFIG}/{split}/*.parquet" for split in ("train", "validation", "test")}
+    return load_dataset(name, data_files=files, revision=commit)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
