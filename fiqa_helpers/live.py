@@ -1,0 +1,278 @@
+"""The live panel of notebook 04: a callback that watches the training, samples answers and can stop it.
+
+Importing this module imports transformers. panel_view.py draws, panel_output.py shows.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from fiqa_helpers.panel_guard import memory_gib, remove_progress_callbacks, undisturbed
+from fiqa_helpers.panel_output import HeadlessOutput, JupyterOutput
+from fiqa_helpers.panel_picture import draw_png
+from fiqa_helpers.panel_view import View, describe, draw_html, draw_line
+
+__all__ = ["LivePanel", "StopTraining", "remove_progress_callbacks"]
+
+EVERY, SHARE = 0.5, 0.005  # seconds between two drawings at least; share of the time drawing may take at most
+TRAINING, EVALUATING, SAMPLING = "training", "evaluating on held-out rows", "answering the questions"
+LOGGED = ("loss", "eval_loss", "learning_rate", "tokens_per_second")
+
+
+class StopTraining(KeyboardInterrupt):
+    """Stop was pressed in a sample or an evaluation, or twice in a step: raised at the next forward pass."""
+
+
+class LivePanel(TrainerCallback, ExportableState):
+    """Curves, figures and sample answers of a running Trainer, with buttons to stop and to sample now.
+
+    Give it to the Trainer as a callback and train inside `with panel:`. In JupyterLab it is drawn while the
+    training runs; elsewhere (papermill, nbmake, a script) it writes a line to stderr every ten seconds and
+    leaves one line of text and one picture. Stop ends the training after the step at hand, with a checkpoint;
+    the interrupt button (KeyboardInterrupt) ends the block at once, without an error. `panel.stopped` says
+    why training ended early, `panel.step` where. History and samples travel in the checkpoints'
+    trainer_state.json, so that a resumed run shows the whole curve.
+
+    Args:
+        questions: the questions to sample, normally three.
+        answer: gives the answers of the model in memory to a list of questions, as objects with `.text` and
+            `.stopped` (did it end by itself).
+        sample_steps: sample every so many optimizer steps and after the last; 0: only the untuned model.
+        png: where to save the picture.
+        live: draw in the notebook while it runs; None: when a person is there.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[str],
+        answer: Callable[[list[str]], list],
+        sample_steps: int,
+        title: str = "Training",
+        png: Path | None = None,
+        live: bool | None = None,
+    ):
+        if live is None:
+            from fiqa_helpers.notebook import is_interactive
+
+            live = is_interactive()
+        self.questions, self.answer, self.sample_steps = list(questions), answer, sample_steps
+        self.title, self.png = title, png
+        self.history: list[dict] = []  # a dict per step: "step", "memory_gib" and those of LOGGED that came
+        self.samples: list[dict] = []  # "step" (0: the untuned model), "texts", "stopped"
+        self.step = self.total = self.resumed_at = 0
+        self.stopped: str | None = None  # "Stop button" or "interrupted"
+        self.failed: str | None = None  # the exception's name
+        self.note, self.phase = "", "starting"
+        self.drawing_seconds = 0.0
+        self._opened = self._loop = self._step_began = time.perf_counter()
+        self._closed: float | None = None
+        self._earlier_seconds = 0.0  # of the run before it was resumed
+        self._step_seconds: float | None = None
+        self._next_drawing = 0.0
+        self._hook = None
+        self._output = JupyterOutput() if live else HeadlessOutput()
+
+    def __enter__(self) -> "LivePanel":
+        self._opened, self._closed = time.perf_counter(), None
+        self._output.open(self._html)
+        return self
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        if self._hook is not None:
+            self._hook.remove()
+        if interrupted:
+            self.stopped = self.stopped or "interrupted"
+        elif kind is not None:
+            self.failed = kind.__name__
+        self._closed = time.perf_counter()
+        png = draw_png(self.view(), f"{self.title}: {self.outcome}")
+        self.drawing_seconds += time.perf_counter() - self._closed
+        if self.png is not None:
+            Path(self.png).parent.mkdir(parents=True, exist_ok=True)
+            Path(self.png).write_bytes(png)
+        self._output.close(png, self.summary)
+        return interrupted
+
+    @property
+    def seconds(self) -> float:
+        """Time since the run began, with the time before a resume."""
+        return self._earlier_seconds + (self._closed or time.perf_counter()) - self._opened
+
+    @property
+    def outcome(self) -> str:
+        """How it stands: "finished 12 steps", "stopped at step 7 of 12 (Stop button)"."""
+        if self.failed:
+            return f"failed at step {self.step} of {self.total} ({self.failed})"
+        if self.stopped:
+            return f"stopped at step {self.step} of {self.total} ({self.stopped})"
+        if self._closed is None:
+            return f"{self.phase}, step {self.step} of {self.total}"
+        return f"finished {self.step} steps"
+
+    @property
+    def summary(self) -> str:
+        """One line that says what the picture shows: its alternative text."""
+        return describe(self.view())
+
+    # Trainer's events, in the order in which they come
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        name = type(self).__name__
+        self._restore(state.stateful_callbacks.get(name, {}).get("attributes", {}), state)
+        # a checkpoint written without a panel lacks the entry that Trainer fills when it saves
+        state.stateful_callbacks[name] = self.state()
+        self.step = self.resumed_at = state.global_step
+        self.total = state.max_steps
+        self._hook = model.get_input_embeddings().register_forward_pre_hook(self._at_forward)
+        if not any(sample["step"] == 0 for sample in self.samples):
+            self._sample_untuned(model)
+        self._loop = time.perf_counter()
+        self._show(TRAINING, force=True)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._step_began = time.perf_counter()
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self._show(TRAINING)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.step = state.global_step
+        self._step_seconds = time.perf_counter() - self._step_began
+        self._record(self.step, memory_gib=memory_gib())
+        if not self._output.stop.is_set() and self._sample_is_due():
+            self._sample(model, self.step)
+        self._obey(args, control)
+        self._show(EVALUATING if control.should_evaluate else TRAINING)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self._record(self.step, **{name: float(logs[name]) for name in LOGGED if name in logs})
+        self._obey(args, control)
+        self._show(EVALUATING if control.should_evaluate else TRAINING, force="eval_loss" in logs)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self._show(EVALUATING)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._obey(args, control, saved=True)
+        self._show(TRAINING)
+
+    def state(self) -> dict:
+        """What Trainer writes into each checkpoint's trainer_state.json."""
+        kept = {"history": self.history, "samples": self.samples, "seconds": self.seconds}
+        return {"args": {}, "attributes": kept}
+
+    def _restore(self, stored: dict, state) -> None:
+        if state.global_step == 0:
+            return
+        self.history, self.samples = list(stored.get("history", [])), list(stored.get("samples", []))
+        self._earlier_seconds = stored.get("seconds", 0.0)
+        if not self.history:  # the run had no panel: Trainer's own log has the losses
+            for row in state.log_history:
+                self._record(row["step"], **{name: row[name] for name in LOGGED if name in row})
+
+    def _record(self, step: int, **values: float) -> None:
+        if not values:
+            return
+        if not self.history or self.history[-1]["step"] != step:
+            self.history.append({"step": step})
+        self.history[-1].update(values)
+
+    # Sampling
+
+    def _sample_is_due(self) -> bool:
+        if self._output.sample_now.is_set():
+            return True
+        return self.sample_steps > 0 and (self.step % self.sample_steps == 0 or self.step >= self.total)
+
+    def _sample(self, model, step: int) -> None:
+        """Ask the model in memory; a sample that fails is noted, it doesn't end the training."""
+        self._show(SAMPLING, force=True)
+        try:
+            with undisturbed(model):
+                answers = self.answer(self.questions)
+        except StopTraining:
+            return
+        except Exception as error:
+            self.note = f"sampling failed at step {step} ({type(error).__name__}: {error})"
+            return
+        finally:
+            self._output.sample_now.clear()
+        texts, stopped = (
+            [str(answer.text) for answer in answers],
+            [bool(answer.stopped) for answer in answers],
+        )
+        self.samples.append({"step": step, "texts": texts, "stopped": stopped})
+        self._show(TRAINING, force=True)
+
+    def _sample_untuned(self, model) -> None:
+        """The untuned model's answers: a fresh LoRA adapter adds nothing, a resumed one is switched off."""
+        if self.step == 0:
+            self._sample(model, 0)
+        elif hasattr(model, "disable_adapter"):
+            with model.disable_adapter():
+                self._sample(model, 0)
+        self.samples.sort(key=lambda sample: sample["step"])
+        if self._output.stop.is_set():  # there is no step yet after which Trainer could stop
+            raise StopTraining
+
+    # Stopping
+
+    def _obey(self, args, control, saved: bool = False) -> None:
+        """Turn a pressed Stop button into Trainer's own way of ending: after this step, with a checkpoint."""
+        if not self._output.stop.is_set() or self.step >= self.total:
+            return
+        self.stopped = "Stop button"
+        control.should_training_stop = True
+        control.should_evaluate = False
+        control.should_save = not saved and args.save_strategy != "no"
+
+    def _at_forward(self, module, inputs) -> None:
+        """Before each forward pass: end a sample or an evaluation at once, a step at the second press."""
+        if self._output.stop_now.is_set() or (self._output.stop.is_set() and not module.training):
+            self.stopped = "Stop button"
+            raise StopTraining
+
+    # Drawing
+
+    def view(self) -> View:
+        """What there is to draw now."""
+        done = self.step - self.resumed_at
+        each = (time.perf_counter() - self._loop) / done if done else None
+        stopping = self._output.stop.is_set() and self._closed is None
+        return View(
+            title=self.title,
+            phase="stopping after this step" if stopping else self.phase,
+            step=self.step,
+            total=self.total,
+            outcome=self.outcome,
+            elapsed=self.seconds,
+            left=each * (self.total - self.step) if each else None,
+            step_seconds=self._step_seconds if self.phase == TRAINING else None,
+            history=self.history,
+            questions=self.questions,
+            untuned=next((sample for sample in self.samples if sample["step"] == 0), None),
+            latest=next((sample for sample in reversed(self.samples) if sample["step"] > 0), None),
+            resumed_at=self.resumed_at,
+            note=self.note,
+        )
+
+    def _html(self) -> str:
+        return draw_html(self.view())
+
+    def _line(self) -> str:
+        return draw_line(self.view())
+
+    def _show(self, phase: str, force: bool = False) -> None:
+        """Draw now, unless it was done a moment ago or would take more than its share of the time."""
+        self.phase = phase
+        began = time.perf_counter()
+        if not self._output.wants(began) or (began < self._next_drawing and not force):
+            return
+        self._output.show(self._line, self._html)
+        ended = time.perf_counter()
+        self.drawing_seconds += ended - began
+        self._next_drawing = ended + max(EVERY, (ended - began) / SHARE)

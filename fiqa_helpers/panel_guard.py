@@ -1,0 +1,43 @@
+"""Watching a Trainer without changing what it does: sampling, other progress displays, memory."""
+
+import random
+from contextlib import contextmanager
+
+
+def remove_progress_callbacks(trainer) -> None:
+    """Take away the Trainer's progress bar, table and printed logs: the live panel shows all that."""
+    from transformers import PrinterCallback, ProgressCallback
+    from transformers.utils.notebook import NotebookProgressCallback
+
+    for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
+        trainer.remove_callback(callback)
+
+
+@contextmanager
+def undisturbed(model):
+    """Evaluation mode and own random states inside; afterwards training goes on bitwise as it would have."""
+    import numpy
+    import torch
+
+    was_training = model.training
+    states = random.getstate(), numpy.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        model.train(was_training)
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+
+
+def memory_gib() -> float:
+    """Memory of this process in GiB: reserved on the GPU if there is one, else resident."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_reserved() / 2**30
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**30

@@ -1,0 +1,177 @@
+"""What the live panel looks like while it runs: one HTML fragment with an SVG, from plain values only.
+
+The fragment's height never depends on its content, its colours follow JupyterLab's theme, and the curves
+differ in marker and dash, not in colour alone. The picture that stays is drawn in panel_picture.py.
+"""
+
+import html
+import math
+from dataclasses import dataclass, field
+
+from fiqa_helpers.panel_chart import BLUE, HEIGHT, ORANGE, draw_svg
+
+
+@dataclass
+class View:
+    """Everything that is drawn: seconds, GiB, nats per answer token; None where nothing is known yet."""
+
+    title: str
+    phase: str
+    step: int
+    total: int
+    outcome: str = "running"
+    elapsed: float = 0.0
+    left: float | None = None
+    step_seconds: float | None = None
+    history: list[dict] = field(default_factory=list)
+    questions: list[str] = field(default_factory=list)
+    untuned: dict | None = None
+    latest: dict | None = None
+    resumed_at: int = 0
+    note: str = ""
+
+    def points(self, name: str) -> list[tuple[int, float]]:
+        """The (step, value) pairs of one column of the history."""
+        return [(row["step"], row[name]) for row in self.history if name in row]
+
+    def last(self, name: str) -> float | None:
+        """The latest value of a column."""
+        return next((row[name] for row in reversed(self.history) if name in row), None)
+
+
+def clock(seconds: float | None) -> str:
+    """Seconds as "48 s", "3:07" or "2:03:07"; a dash when unknown."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def describe(view: View) -> str:
+    """The panel in one line, for those who can't see the picture: how far it is and what the losses did."""
+    parts = [f"{view.title}: {view.outcome}, {clock(view.elapsed)}"]
+    for name, words in (("loss", "training loss"), ("eval_loss", "validation loss")):
+        values = view.points(name)
+        if values:
+            parts.append(f"{words} {values[0][1]:.3f} -> {values[-1][1]:.3f}")
+    if view.note:
+        parts.append(view.note)
+    return "; ".join(parts)
+
+
+def draw_line(view: View) -> str:
+    """One line of plain text for a terminal."""
+    words = [f"{view.title}: {view.phase}, step {view.step}/{view.total}"]
+    figures = (("loss", "loss {:.3f}"), ("eval_loss", "validation {:.3f}"), ("learning_rate", "lr {:.2e}"),
+               ("tokens_per_second", "{:,.0f} tokens/s"), ("memory_gib", "{:.1f} GiB"))  # fmt: skip
+    words += [form.format(view.last(name)) for name, form in figures if view.last(name) is not None]
+    words.append(f"{clock(view.elapsed)} so far")
+    if view.left is not None:
+        words.append(f"about {clock(view.left)} left")
+    return ", ".join(words)
+
+
+def _tiles(view: View) -> str:
+    validation = [(value, step) for step, value in view.points("eval_loss") if math.isfinite(value)]
+    best = "best {:.3f} at step {}".format(*min(validation)) if validation else "not measured yet"
+    memory = [value for _, value in view.points("memory_gib")]
+    first = view.points("loss")
+    tiles = (
+        ("Training loss", view.last("loss"), "{:.3f}", f"began at {first[0][1]:.3f}" if first else ""),
+        ("Validation loss", view.last("eval_loss"), "{:.3f}", best),
+        ("Learning rate", view.last("learning_rate"), "{:.2e}", "per optimizer step"),
+        ("Tokens a second", view.last("tokens_per_second"), "{:,.0f}", "prompt and answer, trained"),
+        ("Memory", view.last("memory_gib"), "{:.1f} GiB", f"peak {max(memory):.1f} GiB" if memory else ""),
+    )
+    return "".join(
+        f"<div><i>{name}</i><b>{'–' if value is None else form.format(value)}</b><i>{small}</i></div>"
+        for name, value, form, small in tiles
+    )
+
+
+def _answer(sample: dict | None, index: int, waiting: str) -> str:
+    if sample is None:
+        return f"<p class=w>{waiting}</p>"
+    end = "ended by itself" if sample["stopped"][index] else "cut at the length limit"
+    text = html.escape(sample["texts"][index]) or "<em>(an empty answer)</em>"
+    return f"<p tabindex=0>{text} <small>{end}</small></p>"
+
+
+def _samples(view: View) -> str:
+    step = f"at step {view.latest['step']}" if view.latest else "while it learns"
+    rows = [f"<h4>Question</h4><h4>The untuned model</h4><h4>The model {step}</h4>"]
+    for index, question in enumerate(view.questions):
+        rows.append(f"<p class=q tabindex=0>{html.escape(question)}</p>")
+        rows.append(_answer(view.untuned, index, "no answer yet"))
+        rows.append(_answer(view.latest, index, "no sample yet"))
+    return "".join(rows)
+
+
+def draw_html(view: View) -> str:
+    """The whole panel as HTML; every piece of text that comes from outside is escaped."""
+    share = 100 * view.step / max(view.total, 1)
+    goal = 100 * min(view.step + 1, view.total) / max(view.total, 1)
+    # between two drawings the browser moves the bar on, at the speed of the steps so far
+    creep = f"animation:fiqa-creep {view.step_seconds:.1f}s linear forwards;" if view.step_seconds else ""
+    left = f"about {clock(view.left)} left" if view.left is not None else "time left: known after one step"
+    resumed = f" · resumed at step {view.resumed_at}" if view.resumed_at else ""
+    status = html.escape(view.note or view.phase)
+    bar = f"--from:{share:.2f}%;--to:{goal:.2f}%;width:{share:.2f}%;{creep}"
+    aria = (
+        f'aria-label="optimizer steps" aria-valuemin=0 aria-valuemax={view.total} aria-valuenow={view.step}'
+    )
+    return (
+        f'<div class="fiqa-panel"><style>{STYLE}</style>'
+        f"<header><b>{html.escape(view.title)}</b><span role=status>{status}</span></header>"
+        f'<div class=bar role=progressbar {aria}><u style="{bar}"></u></div>'
+        f"<div class=when><span>step {view.step} of {view.total}{resumed}</span>"
+        f"<span>{clock(view.elapsed)} so far · {left}</span></div>"
+        f"<div class=tiles>{_tiles(view)}</div>{draw_svg(view, describe(view))}"
+        f"<div class=samples>{_samples(view)}</div></div>"
+    )
+
+
+STYLE = f"""
+.fiqa-panel{{--ink:var(--jp-ui-font-color1,#1f2328);--soft:var(--jp-ui-font-color2,#59636e);
+--line:var(--jp-border-color2,#d0d7de);--card:var(--jp-layout-color2,#f6f8fa);box-sizing:border-box;width:920px;
+padding:14px 18px 12px;border:1px solid var(--line);border-radius:8px;color:var(--ink);
+font:13px/1.4 var(--jp-ui-font-family,system-ui,sans-serif)}}
+.fiqa-panel *{{box-sizing:border-box}}
+.fiqa-panel header{{display:flex;justify-content:space-between;height:24px;font-size:15px}}
+.fiqa-panel header span{{color:var(--soft);font-size:13px;overflow:hidden;white-space:nowrap;
+text-overflow:ellipsis;
+max-width:560px}}
+.fiqa-panel .bar{{height:8px;border-radius:4px;background:var(--line);overflow:hidden}}
+.fiqa-panel .bar u{{display:block;height:8px;border-radius:4px;background:{BLUE}}}
+@keyframes fiqa-creep{{from{{width:var(--from)}}to{{width:var(--to)}}}}
+.fiqa-panel .when{{display:flex;justify-content:space-between;height:26px;padding-top:4px;color:var(--soft);
+font-variant-numeric:tabular-nums}}
+.fiqa-panel .tiles{{display:grid;grid-template-columns:repeat(5,1fr);gap:8px;margin:4px 0 8px}}
+.fiqa-panel .tiles div{{height:66px;padding:6px 10px;border-radius:6px;background:var(--card)}}
+.fiqa-panel .tiles b{{display:block;font-size:18px;line-height:23px;font-weight:600;
+font-variant-numeric:tabular-nums}}
+.fiqa-panel .tiles i{{display:block;font-style:normal;font-size:11px;line-height:15px;color:var(--soft);
+white-space:nowrap;overflow:hidden;text-overflow:ellipsis}}
+.fiqa-panel svg{{display:block;width:100%;height:{HEIGHT - 10}px;font-family:inherit}}
+.fiqa-panel svg text{{fill:var(--ink)}}
+.fiqa-panel .t{{font-size:13px;font-weight:600}} .fiqa-panel .n{{font-size:11.5px;fill:var(--soft)!important}}
+.fiqa-panel .e{{text-anchor:end}} .fiqa-panel .m{{text-anchor:middle}}
+.fiqa-panel .g{{stroke:var(--line);stroke-width:1}} .fiqa-panel .a{{stroke:var(--soft);stroke-width:1}}
+.fiqa-panel .o{{fill:none;stroke:{BLUE};stroke-width:1.3}}
+.fiqa-panel .s{{fill:none;stroke:{BLUE};stroke-width:2.6;stroke-linejoin:round}}
+.fiqa-panel .v{{fill:none;stroke:{ORANGE};stroke-width:2;stroke-dasharray:7 4}}
+.fiqa-panel .d{{fill:{ORANGE};stroke:none}} .fiqa-panel .r{{fill:none;stroke:var(--soft);stroke-width:2}}
+.fiqa-panel .x{{fill:none;stroke:var(--jp-error-color1,#d1242f);stroke-width:2}}
+.fiqa-panel .samples{{display:grid;grid-template-columns:2fr 3.4fr 3.4fr;gap:0 16px;margin-top:8px}}
+.fiqa-panel h4{{margin:0;padding-bottom:3px;font-size:13px;font-weight:600;
+border-bottom:1px solid var(--line)}}
+.fiqa-panel .samples p{{height:82px;margin:0;padding:5px 0;overflow:auto;border-bottom:1px solid var(--line);
+font-size:12px;line-height:17px;white-space:pre-wrap;overflow-wrap:anywhere}}
+.fiqa-panel .samples .q{{font-weight:600}} .fiqa-panel .samples .w{{color:var(--soft)}}
+.fiqa-panel small{{font-size:11px;color:var(--soft);white-space:nowrap;border:1px solid var(--line);
+border-radius:8px;
+padding:0 6px}}
+""".replace("\n", "")
