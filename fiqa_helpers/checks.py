@@ -185,7 +185,8 @@ def _gpu(profile: "Profile") -> Check:
         return Check("GPU", not wanted, detail, "until then take profile laptop")
     detail = (
         f"{card.name}, {card.free_gib:.1f} of {card.total_gib:.1f} GiB free, "
-        f"driver {card.driver or 'unknown'}, capability {card.capability}, bf16 {'yes' if card.bf16 else 'no'}"
+        f"driver {card.driver or 'unknown'}, capability {card.capability}, "
+        f"bf16 {'yes' if card.bf16 else 'no'}"
     )
     return Check("GPU", card.bf16 or not wanted, detail, "bf16 needs the Ampere generation or newer")
 

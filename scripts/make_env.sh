@@ -77,8 +77,8 @@ build() {
     "$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt \
         --no-build-isolation -e ".[$extras]" || unfinished
     "$venv/bin/python" -m pip check >&2 || unfinished
-    "$venv/bin/python" -c 'import torch, transformers, datasets, peft, papermill, jupyterlab, fiqa_helpers' \
-        || unfinished
+    imports='import torch, transformers, datasets, peft, papermill, jupyterlab, fiqa_helpers'
+    said=$("$venv/bin/python" -c "$imports" 2>&1) || { say "$said" && unfinished; }
     printf '%s\n' "$here" >"$linked"
     printf '%s\n' "$key" >"$stamp"
     say "The environment is ready after $(($(date +%s) - started)) s: $venv"
