@@ -1,7 +1,5 @@
 """One sentence for the person in front of the screen, instead of a traceback forty frames deep."""
 
-import sys
-
 
 class WorkshopError(Exception):
     """Something a person can put right: the message names the culprit and the remedy."""
@@ -19,9 +17,8 @@ def install_notebook_handler() -> None:
     if shell is None:
         return
 
-    def show(shell, kind, error, traceback, tb_offset=None):
-        print(f"{kind.__name__}: {error}", file=sys.stderr)
-        # Returned frames become the stored error output, which papermill prints: one line is enough.
-        return [f"{kind.__name__}: {error}"]
+    def show(shell, kind, error, traceback, tb_offset=None) -> None:
+        # The frames given here become the cell's error output: one line is enough.
+        shell._showtraceback(kind, error, [f"{kind.__name__}: {error}"])
 
     shell.set_custom_exc((WorkshopError,), show)
