@@ -10,10 +10,10 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from fiqa_helpers.panel_guard import memory_gib, remove_progress_callbacks, undisturbed
+from fiqa_helpers.panel_guard import as_sample, memory_gib, remove_progress_callbacks, undisturbed
 from fiqa_helpers.panel_output import HeadlessOutput, JupyterOutput
 from fiqa_helpers.panel_picture import draw_png
-from fiqa_helpers.panel_view import View, describe, draw_html, draw_line
+from fiqa_helpers.panel_view import View, describe, draw_html
 
 __all__ = ["LivePanel", "StopTraining", "remove_progress_callbacks"]
 
@@ -77,7 +77,7 @@ class LivePanel(TrainerCallback, ExportableState):
 
     def __enter__(self) -> "LivePanel":
         self._opened, self._closed = time.perf_counter(), None
-        self._output.open(self._html)
+        self._output.open(draw_html(self.view()))
         return self
 
     def __exit__(self, kind, error, traceback) -> bool:
@@ -105,13 +105,7 @@ class LivePanel(TrainerCallback, ExportableState):
     @property
     def outcome(self) -> str:
         """How it stands: "finished 12 steps", "stopped at step 7 of 12 (Stop button)"."""
-        if self.failed:
-            return f"failed at step {self.step} of {self.total} ({self.failed})"
-        if self.stopped:
-            return f"stopped at step {self.step} of {self.total} ({self.stopped})"
-        if self._closed is None:
-            return f"{self.phase}, step {self.step} of {self.total}"
-        return f"finished {self.step} steps"
+        return self.view().outcome
 
     @property
     def summary(self) -> str:
@@ -193,7 +187,7 @@ class LivePanel(TrainerCallback, ExportableState):
         self._show(SAMPLING, force=True)
         try:
             with undisturbed(model):
-                answers = self.answer(self.questions)
+                self.samples.append(as_sample(step, self.answer(self.questions)))
         except StopTraining:
             return
         except Exception as error:
@@ -201,11 +195,6 @@ class LivePanel(TrainerCallback, ExportableState):
             return
         finally:
             self._output.sample_now.clear()
-        texts, stopped = (
-            [str(answer.text) for answer in answers],
-            [bool(answer.stopped) for answer in answers],
-        )
-        self.samples.append({"step": step, "texts": texts, "stopped": stopped})
         self._show(TRAINING, force=True)
 
     def _sample_untuned(self, model) -> None:
@@ -248,7 +237,9 @@ class LivePanel(TrainerCallback, ExportableState):
             phase="stopping after this step" if stopping else self.phase,
             step=self.step,
             total=self.total,
-            outcome=self.outcome,
+            stopped=self.stopped,
+            failed=self.failed,
+            ended=self._closed is not None,
             elapsed=self.seconds,
             left=each * (self.total - self.step) if each else None,
             step_seconds=self._step_seconds if self.phase == TRAINING else None,
@@ -260,19 +251,13 @@ class LivePanel(TrainerCallback, ExportableState):
             note=self.note,
         )
 
-    def _html(self) -> str:
-        return draw_html(self.view())
-
-    def _line(self) -> str:
-        return draw_line(self.view())
-
     def _show(self, phase: str, force: bool = False) -> None:
         """Draw now, unless it was done a moment ago or would take more than its share of the time."""
         self.phase = phase
         began = time.perf_counter()
         if not self._output.wants(began) or (began < self._next_drawing and not force):
             return
-        self._output.show(self._line, self._html)
+        self._output.show(self.view())
         ended = time.perf_counter()
         self.drawing_seconds += ended - began
         self._next_drawing = ended + max(EVERY, (ended - began) / SHARE)

@@ -16,9 +16,9 @@ KEEP = 240  # points of a curve that are drawn at most
 def smooth(points: Sequence[tuple[int, float]], total: int) -> list[tuple[int, float]]:
     """Exponential moving average without the pull of its start; values that are no number are left out.
 
-    It looks back over about a twelfth of the run, four points at least (the bias correction is Adam's).
+    It looks back over about a sixth of the run, 4 to 50 points (the bias correction is Adam's).
     """
-    keep = 1 - 2 / (max(4.0, min(50.0, total / 12)) + 1)
+    keep = 1 - 2 / (max(4.0, min(50.0, total / 6)) + 1)
     average, weight, line = 0.0, 0.0, []
     for step, value in points:
         if math.isfinite(value):
@@ -60,7 +60,9 @@ class Axes:
     def __init__(
         self, box: tuple[int, int, int, int], total: int, values: Sequence[float], zero: bool = False
     ):
-        self.x, self.y, self.w, self.h = box
+        self.left, self.y, self.w, self.h = box
+        self.x = self.left + 46  # room for the labels
+        self.w -= 46
         self.total = max(total, 1)
         low, self.high = limits(values)
         self.low = 0.0 if zero else low
@@ -70,12 +72,14 @@ class Axes:
         return self.x + step / self.total * self.w, self.y + self.h * (1 - share)
 
     def frame(self, title: str) -> str:
-        parts = [f'<text x="{self.x}" y="{self.y - 14}" class="t">{title}</text>']
-        for value in ticks(self.low, self.high):
+        parts = [f'<text x="{self.left}" y="{self.y - 14}" class="t">{title}</text>']
+        values = ticks(self.low, self.high)
+        digits = max((len(f"{value:.4g}".partition(".")[2]) for value in values), default=0)
+        for value in values:
             _, y = self.at(0, value)
             parts.append(f'<path class="g" d="M{self.x} {y:.1f}h{self.w}"/>')
-            parts.append(f'<text x="{self.x - 7}" y="{y + 4:.1f}" class="n e">{value:.4g}</text>')
-        for step in ticks(0, self.total, 5):
+            parts.append(f'<text x="{self.x - 7}" y="{y + 4:.1f}" class="n e">{value:.{digits}f}</text>')
+        for step in ticks(0, self.total, 6):
             if step == int(step):
                 x, _ = self.at(step, self.low)
                 parts.append(f'<text x="{x:.1f}" y="{self.y + self.h + 17}" class="n m">{int(step)}</text>')
@@ -113,13 +117,13 @@ DIAMOND = "m0 -5l5 5l-5 5l-5 -5z"
 def draw_svg(view: "View", summary: str) -> str:
     """Losses on the left, learning rate on the right; `summary` is what a screen reader says instead."""
     loss, validation, rate = (view.points(name) for name in ("loss", "eval_loss", "learning_rate"))
-    left = Axes((46, 34, 510, 168), view.total, [value for _, value in loss + validation])
-    right = Axes((640, 34, 234, 168), view.total, [value for _, value in rate], zero=True)
+    left = Axes((0, 34, 560, 168), view.total, [value for _, value in loss + validation])
+    right = Axes((600, 34, 284, 168), view.total, [value for _, value in rate], zero=True)
     legend = (
-        f'<path class="o" d="M254 16{CIRCLE}"/><text x="262" y="20" class="n">training</text>'
-        '<path class="s" d="M322 16h24"/><text x="351" y="20" class="n">smoothed</text>'
-        f'<path class="v" d="M417 16h28"/><path class="d" d="M431 16{DIAMOND}"/>'
-        '<text x="451" y="20" class="n">validation</text>'
+        f'<path class="o" d="M304 16{CIRCLE}"/><text x="312" y="20" class="n">training</text>'
+        '<path class="s" d="M372 16h24"/><text x="401" y="20" class="n">smoothed</text>'
+        f'<path class="v" d="M467 16h28"/><path class="d" d="M481 16{DIAMOND}"/>'
+        '<text x="501" y="20" class="n">validation</text>'
     )
     curves = (
         left.marks(loss, "o", CIRCLE)

@@ -32,6 +32,12 @@ def undisturbed(model):
         numpy.random.set_state(states[1])
 
 
+def as_sample(step: int, answers: list) -> dict:
+    """The answers (objects with `.text` and `.stopped`) of the model at `step`, as plain values for JSON."""
+    texts, stopped = [str(answer.text) for answer in answers], [bool(answer.stopped) for answer in answers]
+    return {"step": step, "texts": texts, "stopped": stopped}
+
+
 def memory_gib() -> float:
     """Memory of this process in GiB: reserved on the GPU if there is one, else resident."""
     import torch

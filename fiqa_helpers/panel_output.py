@@ -9,7 +9,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+
+from fiqa_helpers.panel_view import View, draw_html, draw_line
 
 LINE_EVERY = 10.0  # seconds between two lines of progress
 
@@ -42,15 +43,15 @@ class HeadlessOutput:
         self.stop, self.stop_now, self.sample_now = threading.Event(), threading.Event(), threading.Event()
         self._last = 0.0
 
-    def open(self, fragment: Callable[[], str]) -> None:
+    def open(self, fragment: str) -> None:
         """Nothing to show yet."""
 
     def wants(self, now: float) -> bool:
         return now - self._last >= LINE_EVERY
 
-    def show(self, line: Callable[[], str], fragment: Callable[[], str]) -> None:
+    def show(self, view: View) -> None:
         self._last = time.perf_counter()
-        show_line(line())
+        show_line(draw_line(view))
 
     def close(self, png: bytes, summary: str) -> None:
         from IPython import get_ipython
@@ -68,7 +69,7 @@ class HeadlessOutput:
 class JupyterOutput(HeadlessOutput):
     """A person is there: a bar with two buttons, and the panel below it, redrawn in place."""
 
-    def open(self, fragment: Callable[[], str]) -> None:
+    def open(self, fragment: str) -> None:
         import ipywidgets
         from IPython.display import HTML, display
 
@@ -87,15 +88,15 @@ class JupyterOutput(HeadlessOutput):
         self._top = display(self._bar, display_id=True)
         for button in (self._stop, self._sample):
             answer_clicks_while_busy(button)
-        self._view = display(HTML(fragment()), display_id=True)
+        self._view = display(HTML(fragment), display_id=True)
 
     def wants(self, now: float) -> bool:
         return True
 
-    def show(self, line: Callable[[], str], fragment: Callable[[], str]) -> None:
+    def show(self, view: View) -> None:
         from IPython.display import HTML
 
-        self._view.update(HTML(fragment()))
+        self._view.update(HTML(draw_html(view)))
         if not self.sample_now.is_set() and self._sample.disabled:
             self._sample.disabled = False
             self._sample.description = "Sample now"

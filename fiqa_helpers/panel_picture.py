@@ -13,7 +13,7 @@ from fiqa_helpers.panel_view import View
 
 INK, SOFT, LINE = "#1f2328", "#59636e", "#d0d7de"
 DPI = 130
-COLOURS = 48  # of the PNG's palette: lines and text need no more, and the file is a third of the size
+COLOURS = 128  # of the PNG's palette: lines and text need no more, and the file is half the size
 
 
 def draw_png(view: View, headline: str) -> bytes:
@@ -74,11 +74,11 @@ def _samples(figure, view: View) -> None:
         axes.text(x, -0.03, head, fontsize=9, fontweight="bold", color=INK, va="bottom")
     for row, question in enumerate(view.questions):
         axes.plot((0, 1), (row, row), color=LINE, lw=0.8)
-        _text(axes, 0.0, row, question, 28, weight="bold")
+        _text(axes, 0.0, row, question, 26, weight="bold")
         for x, sample in ((0.23, view.untuned), (0.62, view.latest)):
             if sample is not None:
                 end = " [ended by itself]" if sample["stopped"][row] else " [cut at the length limit]"
-                _text(axes, x, row, (sample["texts"][row] or "(an empty answer)") + end, 56)
+                _text(axes, x, row, (sample["texts"][row] or "(an empty answer)") + end, 50)
 
 
 def _text(axes, x: float, row: int, text: str, width: int, weight: str = "normal") -> None:

@@ -19,7 +19,9 @@ class View:
     phase: str
     step: int
     total: int
-    outcome: str = "running"
+    stopped: str | None = None  # why it ended early
+    failed: str | None = None  # the name of the exception
+    ended: bool = False
     elapsed: float = 0.0
     left: float | None = None
     step_seconds: float | None = None
@@ -29,6 +31,16 @@ class View:
     latest: dict | None = None
     resumed_at: int = 0
     note: str = ""
+
+    @property
+    def outcome(self) -> str:
+        """How it stands: "finished 12 steps", "stopped at step 7 of 12 (Stop button)"."""
+        where = f"step {self.step} of {self.total}"
+        if self.failed:
+            return f"failed at {where} ({self.failed})"
+        if self.stopped:
+            return f"stopped at {where} ({self.stopped})"
+        return f"finished {self.step} steps" if self.ended else f"{self.phase}, {where}"
 
     def points(self, name: str) -> list[tuple[int, float]]:
         """The (step, value) pairs of one column of the history."""
@@ -155,7 +167,7 @@ font-variant-numeric:tabular-nums}}
 font-variant-numeric:tabular-nums}}
 .fiqa-panel .tiles i{{display:block;font-style:normal;font-size:11px;line-height:15px;color:var(--soft);
 white-space:nowrap;overflow:hidden;text-overflow:ellipsis}}
-.fiqa-panel svg{{display:block;width:100%;height:{HEIGHT - 10}px;font-family:inherit}}
+.fiqa-panel svg{{display:block;width:100%;height:{HEIGHT}px;font-family:inherit}}
 .fiqa-panel svg text{{fill:var(--ink)}}
 .fiqa-panel .t{{font-size:13px;font-weight:600}} .fiqa-panel .n{{font-size:11.5px;fill:var(--soft)!important}}
 .fiqa-panel .e{{text-anchor:end}} .fiqa-panel .m{{text-anchor:middle}}
@@ -168,7 +180,7 @@ white-space:nowrap;overflow:hidden;text-overflow:ellipsis}}
 .fiqa-panel .samples{{display:grid;grid-template-columns:2fr 3.4fr 3.4fr;gap:0 16px;margin-top:8px}}
 .fiqa-panel h4{{margin:0;padding-bottom:3px;font-size:13px;font-weight:600;
 border-bottom:1px solid var(--line)}}
-.fiqa-panel .samples p{{height:82px;margin:0;padding:5px 0;overflow:auto;border-bottom:1px solid var(--line);
+.fiqa-panel .samples p{{height:95px;margin:0;padding:5px 0;overflow:auto;border-bottom:1px solid var(--line);
 font-size:12px;line-height:17px;white-space:pre-wrap;overflow-wrap:anywhere}}
 .fiqa-panel .samples .q{{font-weight:600}} .fiqa-panel .samples .w{{color:var(--soft)}}
 .fiqa-panel small{{font-size:11px;color:var(--soft);white-space:nowrap;border:1px solid var(--line);

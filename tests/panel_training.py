@@ -1,4 +1,4 @@
-"""A real, small training run for the panel's tests: two Llama layers with LoRA under transformers' Trainer."""
+"""A real, small training run for the panel's tests: two Llama layers and LoRA in a Trainer."""
 
 import time
 from dataclasses import dataclass
