@@ -21,6 +21,15 @@ class AnswerTrainer(Trainer):
 
     _tokens, _seconds = 0, 0.0  # trained since the last log
 
+    def train(self, *args, **kwargs):
+        """As the Trainer's; an interrupted run, too, ends with the best adapter that it has saved so far."""
+        try:
+            return super().train(*args, **kwargs)
+        except KeyboardInterrupt:
+            if self.state.best_model_checkpoint:
+                self._load_best_model()
+            raise
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward for every micro-batch; returns the step's loss in nats per answer token."""
         model.train()
