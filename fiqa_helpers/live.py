@@ -8,25 +8,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from fiqa_helpers.panel_guard import as_sample, memory_gib, remove_progress_callbacks, undisturbed
 from fiqa_helpers.panel_output import HeadlessOutput, JupyterOutput
 from fiqa_helpers.panel_picture import draw_png
+from fiqa_helpers.panel_record import LOGGED, PanelRecord
 from fiqa_helpers.panel_view import View, describe, draw_html
 
 __all__ = ["LivePanel", "StopTraining", "remove_progress_callbacks"]
 
 EVERY, SHARE = 0.5, 0.005  # seconds between two drawings at least; share of the time drawing may take at most
 TRAINING, EVALUATING, SAMPLING = "training", "evaluating on held-out rows", "answering the questions"
-LOGGED = ("loss", "eval_loss", "learning_rate", "tokens_per_second")
 
 
 class StopTraining(KeyboardInterrupt):
     """Stop was pressed in a sample or an evaluation, or twice in a step: raised at the next forward pass."""
 
 
-class LivePanel(TrainerCallback, ExportableState):
+class LivePanel(TrainerCallback, PanelRecord):
     """Curves, figures and sample answers of a running Trainer, with buttons to stop and to sample now.
 
     Give it to the Trainer as a callback and train inside `with panel:`. In JupyterLab it is drawn while the
@@ -58,25 +57,22 @@ class LivePanel(TrainerCallback, ExportableState):
             from fiqa_helpers.notebook import is_interactive
 
             live = is_interactive()
+        super().__init__()
         self.questions, self.answer, self.sample_steps = list(questions), answer, sample_steps
         self.title, self.png = title, png
-        self.history: list[dict] = []  # a dict per step: "step", "memory_gib" and those of LOGGED that came
-        self.samples: list[dict] = []  # "step" (0: the untuned model), "texts", "stopped"
-        self.step = self.total = self.resumed_at = 0
+        self.resumed_at = 0
         self.stopped: str | None = None  # "Stop button" or "interrupted"
         self.failed: str | None = None  # the exception's name
         self.note, self.phase = "", "starting"
         self.drawing_seconds = 0.0
-        self._opened = self._loop = self._step_began = time.perf_counter()
-        self._closed: float | None = None
-        self._earlier_seconds = 0.0  # of the run before it was resumed
+        self._loop = self._step_began = time.perf_counter()
         self._step_seconds: float | None = None
         self._next_drawing = 0.0
         self._hook = None
         self._output = JupyterOutput() if live else HeadlessOutput()
 
     def __enter__(self) -> "LivePanel":
-        self._opened, self._closed = time.perf_counter(), None
+        self.opened, self.closed = time.perf_counter(), None
         self._output.open(draw_html(self.view()))
         return self
 
@@ -88,19 +84,14 @@ class LivePanel(TrainerCallback, ExportableState):
             self.stopped = self.stopped or "interrupted"
         elif kind is not None:
             self.failed = kind.__name__
-        self._closed = time.perf_counter()
+        self.closed = time.perf_counter()
         png = draw_png(self.view(), f"{self.title}: {self.outcome}")
-        self.drawing_seconds += time.perf_counter() - self._closed
+        self.drawing_seconds += time.perf_counter() - self.closed
         if self.png is not None:
             Path(self.png).parent.mkdir(parents=True, exist_ok=True)
             Path(self.png).write_bytes(png)
         self._output.close(png, self.summary)
         return interrupted
-
-    @property
-    def seconds(self) -> float:
-        """Time since the run began, with the time before a resume."""
-        return self._earlier_seconds + (self._closed or time.perf_counter()) - self._opened
 
     @property
     def outcome(self) -> str:
@@ -112,15 +103,16 @@ class LivePanel(TrainerCallback, ExportableState):
         """One line that says what the picture shows: its alternative text."""
         return describe(self.view())
 
+    def recall(self, stored: dict) -> None:
+        """Show a run that finished earlier, from its `state()["attributes"]`; nothing is trained."""
+        self.restore(stored)
+        self.note = "this run finished earlier, nothing was trained again"
+
     # Trainer's events, in the order in which they come
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        name = type(self).__name__
-        self._restore(state.stateful_callbacks.get(name, {}).get("attributes", {}), state)
-        # a checkpoint written without a panel lacks the entry that Trainer fills when it saves
-        state.stateful_callbacks[name] = self.state()
-        self.step = self.resumed_at = state.global_step
-        self.total = state.max_steps
+        self.join(state)
+        self.resumed_at = self.step
         self._hook = model.get_input_embeddings().register_forward_pre_hook(self._at_forward)
         if not any(sample["step"] == 0 for sample in self.samples):
             self._sample_untuned(model)
@@ -136,14 +128,14 @@ class LivePanel(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.step = state.global_step
         self._step_seconds = time.perf_counter() - self._step_began
-        self._record(self.step, memory_gib=memory_gib())
+        self.note_down(self.step, memory_gib=memory_gib())
         if not self._output.stop.is_set() and self._sample_is_due():
             self._sample(model, self.step)
         self._obey(args, control)
         self._show(EVALUATING if control.should_evaluate else TRAINING)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self._record(self.step, **{name: float(logs[name]) for name in LOGGED if name in logs})
+        self.note_down(self.step, **{name: float(logs[name]) for name in LOGGED if name in logs})
         self._obey(args, control)
         self._show(EVALUATING if control.should_evaluate else TRAINING, force="eval_loss" in logs)
 
@@ -153,27 +145,6 @@ class LivePanel(TrainerCallback, ExportableState):
     def on_save(self, args, state, control, **kwargs):
         self._obey(args, control, saved=True)
         self._show(TRAINING)
-
-    def state(self) -> dict:
-        """What Trainer writes into each checkpoint's trainer_state.json."""
-        kept = {"history": self.history, "samples": self.samples, "seconds": self.seconds}
-        return {"args": {}, "attributes": kept}
-
-    def _restore(self, stored: dict, state) -> None:
-        if state.global_step == 0:
-            return
-        self.history, self.samples = list(stored.get("history", [])), list(stored.get("samples", []))
-        self._earlier_seconds = stored.get("seconds", 0.0)
-        if not self.history:  # the run had no panel: Trainer's own log has the losses
-            for row in state.log_history:
-                self._record(row["step"], **{name: row[name] for name in LOGGED if name in row})
-
-    def _record(self, step: int, **values: float) -> None:
-        if not values:
-            return
-        if not self.history or self.history[-1]["step"] != step:
-            self.history.append({"step": step})
-        self.history[-1].update(values)
 
     # Sampling
 
@@ -231,7 +202,7 @@ class LivePanel(TrainerCallback, ExportableState):
         """What there is to draw now."""
         done = self.step - self.resumed_at
         each = (time.perf_counter() - self._loop) / done if done else None
-        stopping = self._output.stop.is_set() and self._closed is None
+        stopping = self._output.stop.is_set() and self.closed is None
         return View(
             title=self.title,
             phase="stopping after this step" if stopping else self.phase,
@@ -239,7 +210,7 @@ class LivePanel(TrainerCallback, ExportableState):
             total=self.total,
             stopped=self.stopped,
             failed=self.failed,
-            ended=self._closed is not None,
+            ended=self.closed is not None,
             elapsed=self.seconds,
             left=each * (self.total - self.step) if each else None,
             step_seconds=self._step_seconds if self.phase == TRAINING else None,
