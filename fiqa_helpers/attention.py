@@ -39,8 +39,15 @@ def register_packed_attention() -> str:
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)  # limits come as offsets, not a mask
+    AttentionMaskInterface.register(NAME, packed_mask)
     return NAME
+
+
+def packed_mask(attention_mask: "torch.Tensor | None" = None, **kwargs: object) -> "torch.Tensor | None":
+    """No mask for packed rows, whose limits come as offsets; sdpa's for padded ones (`generate`)."""
+    from transformers.masking_utils import sdpa_mask
+
+    return None if attention_mask is None else sdpa_mask(attention_mask=attention_mask, **kwargs)
 
 
 def packed_attention(
@@ -57,7 +64,7 @@ def packed_attention(
 ) -> tuple["torch.Tensor", None]:
     """Causal attention inside each row; query (1, heads, tokens, size), key and value with fewer heads.
 
-    Without row offsets (evaluation by `generate`, for one) transformers' own sdpa function answers.
+    Without row offsets (padded rows, `generate`) transformers' own sdpa function answers.
     """
     if cu_seq_lens_q is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -36,6 +36,8 @@ def generate_answers(
 
     from fiqa_helpers.prompts import encode_prompt
 
+    if not questions:
+        return []
     ids = [encode_prompt(question, tokenizer, style) for question in questions]
     inputs = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

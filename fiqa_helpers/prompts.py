@@ -28,6 +28,8 @@ def build_prompt(
     Nemotron system turn switches its reasoning and holds nothing else, so instructions go into the user
     turn there (model card of Llama-3.1-Nemotron-Nano-8B-v1).
     """
+    from jinja2 import TemplateError
+
     if style == "plain":
         return f"{SYSTEM_TEXT}\n\nQuestion: {question}\n\nAnswer:"
     if tokenizer is None or not tokenizer.chat_template:
@@ -39,7 +41,12 @@ def build_prompt(
         ]
     else:
         turns = [{"role": "system", "content": SYSTEM_TEXT}, {"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:  # a template may refuse a system turn, for one
+        raise WorkshopError(
+            f"The chat template of this tokenizer fails ({error}): use prompt plain."
+        ) from None
 
 
 def encode_prompt(question: str, tokenizer: "PreTrainedTokenizerBase", style: str = "plain") -> list[int]:
@@ -47,17 +54,21 @@ def encode_prompt(question: str, tokenizer: "PreTrainedTokenizerBase", style: st
 
     Special tokens count as such only where the template wrote them: a question that contains the text of an
     end token is spelled out in ordinary tokens.
+
+    Raises:
+        WorkshopError: `question` is not text, or the chat template cannot be used.
     """
-
-    def plain_ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
     if style == "plain":
-        ids = plain_ids(build_prompt(question, style))
+        ids = _spelled(build_prompt(question, style), tokenizer)
     else:
-        before, after = build_prompt(_SLOT, style, tokenizer).split(_SLOT)
-        template = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
-        ids = [*template[0], *plain_ids(question), *template[1]]
+        parts = build_prompt(_SLOT, style, tokenizer).split(_SLOT)
+        if len(parts) != 2:
+            raise WorkshopError(
+                f"The chat template of this tokenizer writes the user turn {len(parts) - 1} times, not once: "
+                "use prompt plain."
+            )
+        before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
+        ids = [*before, *_spelled(question, tokenizer), *after]
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
@@ -77,11 +88,11 @@ def encode(
     row that is too long loses the end of its answer, and with it the end token.
 
     Raises:
-        WorkshopError: the prompt alone fills the row, so that nothing would be trained.
+        WorkshopError: the prompt alone fills the row, so that nothing would be trained, or a text is no text.
     """
     prompt = encode_prompt(question, tokenizer, style)
     space = " " if style == "plain" else ""
-    text = tokenizer(space + answer.strip(), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    text = _spelled(space + answer.strip(), tokenizer)
     if len(prompt) >= max_length:
         raise WorkshopError(
             f"The prompt of {question[:60]!r} has {len(prompt)} tokens and max_length is {max_length}: "
@@ -89,6 +100,19 @@ def encode(
         )
     ids = [*prompt, *text, tokenizer.eos_token_id][:max_length]
     return {"input_ids": ids, "labels": [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]}
+
+
+def _spelled(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Ids of a text from a person or a file: whatever looks like a special token in it is ordinary text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        start = max(0, error.start - 20)
+        raise WorkshopError(
+            f"The text {text[start : error.end + 20]!r} holds half of a surrogate pair, which no tokenizer "
+            "reads: remove it."
+        ) from None
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def encode_rows(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", profile: "Profile") -> "Dataset":
