@@ -61,7 +61,7 @@ def fiqa_rows() -> list[dict]:
 
 
 def llama3_like(chat_template: str):
-    """A byte-level tokenizer with Llama 3's special tokens and habits: it writes BOS, and so may its template.
+    """A byte-level tokenizer with Llama 3's special tokens and habits: it writes BOS, as may its template.
 
     A token is a byte, so every text can be told apart and nothing needs to be downloaded.
     """

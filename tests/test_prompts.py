@@ -64,7 +64,7 @@ def decoded(ids: list[int], tokenizer) -> str:
 @example("\u241f question \u241f", "\u241f question \u241f", None)
 @settings(max_examples=120)
 def test_any_text_is_masked_and_ended_rightly(request, name, style, question, answer, cut):
-    """A prompt token that is trained, an answer token that is lost, a missing, second or spoofed end token."""
+    """A prompt token trained, an answer token lost, a missing, second or spoofed end token."""
     tokenizer = request.getfixturevalue(name)
     question, answer = spelled(question, tokenizer), spelled(answer, tokenizer)
     prompt = encode_prompt(question, tokenizer, style)
@@ -121,8 +121,8 @@ def test_plain_prompt_is_the_reference_template(tiny_tokenizer):
     """Any drift from the template that the reference run was trained with."""
     row = encode(QUESTION, "On Form 8949.", tiny_tokenizer)
     assert decoded(row["input_ids"], tiny_tokenizer) == (
-        "You are a helpful financial assistant. Provide comprehensive, detailed answers to financial questions. "
-        "Include relevant context, examples, and explanations when appropriate."
+        "You are a helpful financial assistant. Provide comprehensive, detailed answers to financial "
+        "questions. Include relevant context, examples, and explanations when appropriate."
         f"\n\nQuestion: {QUESTION}\n\nAnswer: On Form 8949.{tiny_tokenizer.eos_token}"
     )
 
@@ -216,7 +216,7 @@ def test_a_chat_template_that_cannot_be_used(template, sentence):
 
 @styles
 def test_rows_of_the_data_set(tiny_tokenizer, fiqa_rows, style):
-    """Columns left over, a cache of an earlier tokenizer, a second ground truth used, a row over the limit."""
+    """Columns left over, an earlier tokenizer's cache, a second ground truth used, a row over the limit."""
     from datasets import Dataset
 
     chosen = fiqa_rows[:20]
