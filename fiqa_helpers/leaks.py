@@ -1,0 +1,59 @@
+"""No marks for answers that were in the lesson: an adapter is not tested on rows that it was trained on."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fiqa_helpers.data import fingerprint, load_with_report, normalized, read_processed
+from fiqa_helpers.errors import WorkshopError
+
+if TYPE_CHECKING:
+    from fiqa_helpers.paths import Workspace
+
+
+def refuse_leak(card: dict, rows: Sequence[dict], workspace: "Workspace") -> str:
+    """Hold the rows that an adapter was trained on, as its run card has them, against `rows`.
+
+    The packaged rows are the hub's test split, so an adapter that was trained on them may be tested on the
+    packaged test part, and never on the hub's. Questions are compared without case and punctuation. Returns
+    in words what was checked, also when the training rows are not to be found here.
+
+    Raises:
+        WorkshopError: some of `rows` were trained on.
+    """
+    trained = training_questions(card, workspace)
+    if trained is None:
+        return "The rows that this adapter was trained on are not here, so a leak cannot be ruled out."
+    tested = [normalized(row["question"]) for row in rows]
+    shared = [question for question in tested if question in trained]
+    if shared:
+        raise WorkshopError(
+            f"The adapter was trained on {len(shared)} of these {len(tested)} test rows (such as "
+            f"{shared[0][:60]!r}), so its figures would mean nothing: take rows that it has not "
+            "seen, or train it on the hub's training split."
+        )
+    return (
+        f"None of the {len(tested)} test questions is among the {len(trained)} that the adapter learned from."
+    )
+
+
+def training_questions(card: dict, workspace: "Workspace") -> set[str] | None:
+    """Questions, normalized, of the training and validation splits that `card` names by fingerprint.
+
+    They are looked for in the workspace and in the packaged rows; None when they are in neither.
+    """
+    definition = card.get("definition", {})
+    wanted = {
+        split: definition[f"{split}_sha256"]
+        for split in ("train", "validation")
+        if f"{split}_sha256" in definition
+    }
+    if "train" not in wanted:
+        return None
+    for load in (lambda: read_processed(workspace.data), lambda: load_with_report("packaged")[0]):
+        try:
+            splits = load()
+        except WorkshopError:
+            continue
+        if all(fingerprint(splits[split]) == digest for split, digest in wanted.items()):
+            return {normalized(question) for split in wanted for question in splits[split]["question"]}
+    return None
