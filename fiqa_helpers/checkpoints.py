@@ -1,16 +1,18 @@
-"""Which checkpoint may be resumed from, and whether this run is still the one that wrote it."""
+"""Which checkpoint may be resumed from; beginning, resuming and finishing a run."""
 
 import hashlib
 import json
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.runcard import read_card, write_card, write_json
+from fiqa_helpers.run_identity import define, lock, refuse_other
+from fiqa_helpers.runcard import read_card, versions, write_card, write_json
+from fiqa_helpers.storage import disk_errors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,33 +44,56 @@ def write_manifest(folder: Path) -> None:
 
 def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words; None when every file is as its manifest says."""
+    if not folder.is_dir():
+        return "it is missing"
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = [(name, entry["size"], entry["sha256"]) for name, entry in listed.items()]
+    except FileNotFoundError:
         return "it has no manifest, so writing it was interrupted"
-    for name, wanted in files.items():
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "its manifest is damaged"
+    for name, size, digest in files:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != wanted["size"]:
-            return f"{name} has {path.stat().st_size} bytes, not {wanted['size']}"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
         with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != wanted["sha256"]:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 return f"{name} was changed after it was written"
     return None
 
 
+def steps_of(run: Path) -> list[int]:
+    """Steps of all checkpoint folders of a run, complete or not, newest first."""
+    names = [path.name.removeprefix(PREFIX) for path in run.glob(f"{PREFIX}*") if path.is_dir()]
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
 def newest_complete(run: Path) -> Path | None:
     """The newest checkpoint whose files are all intact; damaged newer ones are reported and set aside."""
-    steps = [int(path.name.removeprefix(PREFIX)) for path in run.glob(f"{PREFIX}*[0-9]") if path.is_dir()]
-    for step in sorted(steps, reverse=True):
+    for step in steps_of(run):
         folder = checkpoint_folder(run, step)
         problem = fault(folder)
         if problem is None:
             return folder
-        aside = set_aside(folder, run / "set_aside")
-        print(f"{folder.name} is not used: {problem}. It is kept as {aside.relative_to(run.parent)}.")
+        report_and_set_aside(folder, problem)
     return None
+
+
+def best_complete(run: Path, log_history: list[dict]) -> tuple[int, float] | None:
+    """(step, validation loss) of the intact checkpoint with the lowest validation loss."""
+    losses = {row["step"]: row["eval_loss"] for row in log_history if "eval_loss" in row}
+    ranked = sorted((losses[step], step) for step in steps_of(run) if step in losses)
+    return next(((step, loss) for loss, step in ranked if fault(checkpoint_folder(run, step)) is None), None)
+
+
+def report_and_set_aside(folder: Path, problem: str) -> None:
+    """Move a damaged checkpoint out of the way and say so; nothing is deleted."""
+    if folder.exists():
+        aside = set_aside(folder, folder.parent / "set_aside")
+        print(f"{folder.name} is not used: {problem}. It is kept as {aside.relative_to(folder.parents[1])}.")
 
 
 def set_aside(path: Path, into: Path) -> Path:
@@ -99,62 +124,58 @@ def open_run(
     """Begin, resume or recognise as finished the training run in `checkpoints/run`; says which.
 
     `rows` are fingerprints of the encoded splits. With `on_existing="fresh"` an earlier run and its adapter
-    are moved to `checkpoints/earlier`, never deleted.
+    are moved to `checkpoints/earlier`, never deleted. The folder is this process's until the process ends.
 
     Raises:
-        WorkshopError: the folder holds a run with other settings, rows, model or prompt; names them.
+        WorkshopError: the folder holds a run with other settings, rows, model or prompt (names them), another
+            process trains in it, or it cannot be written.
     """
     if on_existing not in ("resume", "fresh"):
         raise WorkshopError(f"on_existing is {on_existing!r}: choose resume or fresh.")
-    folder = workspace.checkpoints / "run"
+    folder, final = workspace.checkpoints / "run", workspace.final_model
     definition = define(profile, rows)
-    if on_existing == "fresh":
-        earlier = workspace.checkpoints / "earlier"
-        for path in (folder, workspace.final_model):
-            if path.exists():
-                print(
-                    f"{path.name} of an earlier run is kept as {workspace.shown(set_aside(path, earlier))}."
-                )
-    folder.mkdir(parents=True, exist_ok=True)
-    recorded = read_card(folder / "run.json")
-    if recorded is None:
-        write_json(folder / "run.json", definition)
-    elif recorded != definition:
-        changes = [
-            f"{key} was {recorded.get(key)!r} and is now {definition.get(key)!r}"
-            for key in {**recorded, **definition}
-            if recorded.get(key) != definition.get(key)
-        ]
-        raise WorkshopError(
-            f"{workspace.shown(folder)} holds a run with other settings ({'; '.join(changes)}): use the old "
-            'ones to go on with it, or set on_existing = "fresh" to keep it aside and begin anew.'
-        )
-    card = read_card(workspace.final_model / "run_card.json")
-    finished = card if card and card.get("definition") == definition and card.get("finished") else None
-    return TrainingRun(folder, definition, None if finished else newest_complete(folder), finished)
-
-
-def define(profile: "Profile", rows: dict[str, str]) -> dict:
-    """Everything that decides what a run computes, as plain JSON values."""
-    shown_only = ("name", "title", "sample_steps", "max_new_tokens")
-    settings = {key: value for key, value in asdict(profile).items() if key not in shown_only}
-    return json.loads(json.dumps(settings | {f"{split}_sha256": digest for split, digest in rows.items()}))
+    with disk_errors(workspace.checkpoints, "set the parameter workdir to another folder"):
+        lock(workspace)
+        if on_existing == "fresh":
+            for path in (folder, final):
+                if path.exists():
+                    kept = set_aside(path, workspace.checkpoints / "earlier")
+                    print(f"{path.name} of an earlier run is kept as {workspace.shown(kept)}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        recorded = read_card(folder / "run.json")
+        refuse_other(workspace.shown(folder), recorded, definition, begun=bool(steps_of(folder)))
+        # also on resume: a changed MEMORY_ONLY setting is the run's from now on
+        write_json(folder / "run.json", {"definition": definition, "versions": versions()})
+        card = read_card(final / "run_card.json")
+        if card and card.get("finished") and card.get("definition") == definition:
+            problem = fault(final)
+            if problem is None:
+                return TrainingRun(folder, definition, None, card)
+            report_and_set_aside(final, problem)
+        return TrainingRun(folder, definition, newest_complete(folder), None)
 
 
 def save_final(
     model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path, **card: object
 ) -> dict:
-    """Write adapter, tokenizer and run card to `folder`; an older one gives way to a complete one only."""
+    """Write adapter, tokenizer and run card to `folder`; an older adapter is kept in `earlier` beside it.
+
+    Raises:
+        WorkshopError: the disk is full or cannot be written; an older adapter is still there.
+    """
+    for leftover in folder.parent.glob(f".{folder.name}.*.partial"):  # of a process killed while saving
+        shutil.rmtree(leftover, ignore_errors=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        written = write_card(partial / "run_card.json", **card)
-        old = set_aside(folder, folder.parent / "earlier") if folder.exists() else None
-        os.replace(partial, folder)
+        with disk_errors(folder.parent, "run this notebook again in a workdir with more space"):
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            written = write_card(partial / "run_card.json", **card)
+            write_manifest(partial)
+            if folder.exists():
+                kept = set_aside(folder, folder.parent / "earlier")
+                print(f"The earlier {folder.name} is kept as {kept.relative_to(folder.parent)}.")
+            os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    if old is not None:
-        shutil.rmtree(old)
     return written

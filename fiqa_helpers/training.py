@@ -1,14 +1,29 @@
-"""transformers' Trainer, with a step's rows in micro-batches and every loss per answer token."""
+"""transformers' Trainer: a step's rows in micro-batches, every loss per answer token, an exact resume."""
 
+import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from fiqa_helpers import checkpoints
+from fiqa_helpers import checkpoints, safety
+from fiqa_helpers.errors import WorkshopError
 from fiqa_helpers.prompts import IGNORE_INDEX
+from fiqa_helpers.runcard import read_card, write_json
+
+TOTALS = "totals.json"  # in a checkpoint: what the Trainer forgets when it resumes
+# fmt: off
+DECISIVE = (  # arguments that a run must be resumed with
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed", "bf16", "fp16",
+    "logging_steps", "eval_steps",
+)
+# fmt: on
 
 
 class AnswerTrainer(Trainer):
@@ -16,33 +31,60 @@ class AnswerTrainer(Trainer):
 
     Each micro-batch's summed loss is divided by the step's number of answer tokens, so how rows are grouped
     changes neither loss nor gradient. The rest (schedule, clipping, logging, evaluation, checkpoints,
-    resume) is the Trainer's own.
+    resume) is the Trainer's own. A run that was killed and resumed ends bitwise as one that was not, on the
+    same machine with the same number of threads.
     """
 
     _tokens, _seconds = 0, 0.0  # trained since the last log
+    _resumed_from: Path | None = None  # until the sums of its first part are restored
 
-    def train(self, *args, **kwargs):
-        """As the Trainer's; an interrupted run, too, ends with the best adapter that it has saved so far."""
-        try:
-            return super().train(*args, **kwargs)
-        except KeyboardInterrupt:
-            if self.state.best_model_checkpoint:
-                self._load_best_model()
-            raise
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.terminator = safety.Terminator()
+        self.add_callback(self.terminator)
+        self.guard = safety.LossGuard(self.model.get_input_embeddings().num_embeddings)
+
+    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs):
+        """As `Trainer.train`.
+
+        Raises:
+            WorkshopError: SIGTERM, a loss that is no number or exploded, memory or disk used up, or a
+                checkpoint written with other arguments; says at which step, and how to go on.
+        """
+        resume = (
+            str(resume_from_checkpoint)
+            if isinstance(resume_from_checkpoint, Path)
+            else resume_from_checkpoint
+        )
+        if isinstance(resume, str):
+            self._refuse_other_arguments(Path(resume))
+        with self.terminator:
+            try:
+                return super().train(resume_from_checkpoint=resume, **kwargs)
+            except KeyboardInterrupt:  # an interrupted run, too, ends with the best adapter saved so far
+                if self.state.best_model_checkpoint:
+                    self._load_best_model()
+                raise
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward for every micro-batch; returns the step's loss in nats per answer token."""
         model.train()
         started = time.perf_counter()
-        loss = torch.zeros((), device=self.args.device)
-        for micro_batch in inputs["micro_batches"]:
-            part = self._loss_sum(model, micro_batch) / num_items_in_batch
-            self.accelerator.backward(part)
-            loss += part.detach()
-            self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
-        self._tokens += sum(_real_tokens(micro_batch) for micro_batch in inputs["micro_batches"])
-        loss.item()  # waits for the device, so that the time below is the step's
+        self._step_inputs, parts = inputs["micro_batches"], []
+        with self._memory_errors():
+            for micro_batch in self._step_inputs:
+                part = self._loss_sum(model, micro_batch) / num_items_in_batch
+                self.accelerator.backward(part)
+                parts.append(part.detach())
+                self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+            loss = torch.stack(parts).sum()
+            value = loss.item()  # waits for the device, so that the time below is the step's
+        self._tokens += sum(_real_tokens(micro_batch) for micro_batch in self._step_inputs)
         self._seconds += time.perf_counter() - started
+        self._check(
+            value,
+            [batch for batch, part in zip(self._step_inputs, parts, strict=True) if not part.isfinite()],
+        )
         return loss
 
     def evaluation_loop(
@@ -51,12 +93,15 @@ class AnswerTrainer(Trainer):
         """Validation loss: total negative log-likelihood over total answer tokens, in nats."""
         self.model.eval()
         total, tokens = 0.0, 0
-        for batch in dataloader:
-            for micro_batch in batch["micro_batches"]:
-                with torch.no_grad():
-                    total += self._loss_sum(self.model, micro_batch).item()
-                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-            tokens += int((batch["labels"] != IGNORE_INDEX).sum())
+        with self._memory_errors():
+            for batch in dataloader:
+                for micro_batch in batch["micro_batches"]:
+                    with torch.no_grad():
+                        total += self._loss_sum(self.model, micro_batch).item()
+                    self.control = self.callback_handler.on_prediction_step(
+                        self.args, self.state, self.control
+                    )
+                tokens += int((batch["labels"] != IGNORE_INDEX).sum())
         metrics = {f"{metric_key_prefix}_loss": total / tokens, f"{metric_key_prefix}_tokens": tokens}
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
 
@@ -79,16 +124,141 @@ class AnswerTrainer(Trainer):
             # A cache would make transformers forget where packed rows begin.
             return model(**inputs, use_cache=False, num_items_in_batch=1).loss
 
+    def _memory_errors(self):
+        tokens = getattr(self.data_collator, "tokens_per_batch", None)
+        return safety.memory_errors(self.args.output_dir, self.state.global_step, tokens)
+
+    # -- a loss that is no number, or out of bounds
+
+    def _check(self, loss: float, bad: list[Mapping]) -> None:
+        """Stop before the optimizer takes a step that would spoil the adapter."""
+        if not math.isfinite(loss):
+            self._stop(f"The loss is {loss}", bad or self._step_inputs)
+        if self.guard.exploded(loss):
+            rows = safety.rows_of(self._step_inputs, self.train_dataset)
+            last = checkpoints.newest_complete(Path(self.args.output_dir))
+            raise WorkshopError(
+                f"The loss has exploded ({loss:.1f} at step {self.state.global_step + 1}, rows {rows} of the "
+                f"training data: worse than guessing): lower learning_rate; the last good adapter is "
+                f"{last or 'the untrained one'}."
+            )
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not math.isfinite(norm):
+            self._stop(f"The gradient's norm is {float(norm)}", self._step_inputs)
+        return norm
+
+    def _stop(self, problem: str, micro_batches: list[Mapping]) -> None:
+        """The adapter in memory is still that of the step before: keep it."""
+        self.model.zero_grad()
+        kept = Path(self.args.output_dir) / "last_good_adapter"
+        with safety.saving(kept):
+            self.model.save_pretrained(kept)
+        rows = safety.rows_of(micro_batches, self.train_dataset)
+        raise WorkshopError(
+            f"{problem} at step {self.state.global_step + 1} (rows {rows} of the training data): look at "
+            f"them or lower learning_rate; the adapter of step {self.state.global_step} is kept in {kept}."
+        )
+
+    # -- checkpoints
+
     def _save_checkpoint(self, model, trial) -> None:
         """The Trainer's checkpoint, then its manifest, and only then are older checkpoints deleted."""
+        run = self._get_output_dir(trial=trial)
+        folder = checkpoints.checkpoint_folder(run, self.state.global_step)
+        if self.guard.bad_steps or checkpoints.fault(folder) is None:
+            return  # never vouch for an exploding adapter, never write over a good checkpoint
+        if folder.exists():
+            checkpoints.report_and_set_aside(folder, "it is of an earlier, interrupted run")
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with safety.saving(folder):
+                super()._save_checkpoint(model, trial)
+                write_json(folder / TOTALS, self._totals())
+                checkpoints.write_manifest(folder)
         finally:
             self.args.save_total_limit = limit
-        run = self._get_output_dir(trial=trial)
-        checkpoints.write_manifest(checkpoints.checkpoint_folder(run, self.state.global_step))
         rotate_checkpoints(run, limit, self.state.best_model_checkpoint)
+
+    def _totals(self) -> dict:
+        """Loss sums between two logs, and the arguments that this run depends on."""
+        return {
+            "loss_since_log": self._tr_loss.item(),
+            "loss_total": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "arguments": {name: _plain(getattr(self.args, name)) for name in DECISIVE},
+        }
+
+    def _refuse_other_arguments(self, checkpoint: Path) -> None:
+        """A checkpoint goes on with the arguments it was written with, or not at all."""
+        before = (read_card(checkpoint / TOTALS) or {}).get("arguments", {})
+        now = {name: _plain(getattr(self.args, name)) for name in DECISIVE}
+        changed = [
+            f"{name} was {before[name]!r} and is now {now.get(name)!r}"
+            for name in before
+            if before[name] != now.get(name)
+        ]
+        if changed:
+            raise WorkshopError(
+                f"{checkpoint.name} was written with other training arguments ({'; '.join(changed)}): use "
+                'the old ones, or set on_existing = "fresh" to begin anew.'
+            )
+
+    def _init_training_state(self, max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial):
+        found = super()._init_training_state(
+            max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial
+        )
+        self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self._resumed_from:
+            # the Trainer has dropped a path that is gone, as it is when the folder was moved
+            stored = read_card(self._resumed_from / TRAINER_STATE_NAME) or {}
+            self._trust_only_intact_best(stored.get("best_model_checkpoint"))
+        return found
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        """`eval_on_start` is for a start: a resumed run has that loss in its history already."""
+        if skip_scheduler and self._resumed_from:
+            return None
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """Gives back, once, the loss sums that the Trainer has set to zero."""
+        if self._resumed_from:
+            totals = read_card(self._resumed_from / TOTALS) or {}
+            self._tr_loss += totals.get("loss_since_log", 0.0)
+            self._total_loss_scalar = totals.get("loss_total", 0.0)
+            self._globalstep_last_logged = totals.get("last_logged", self.state.global_step)
+            self._resumed_from = None
+        super()._run_epoch(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        self._trust_only_intact_best(self.state.best_model_checkpoint)
+        if self.state.best_model_checkpoint:
+            super()._load_best_model()
+
+    def _trust_only_intact_best(self, recorded: str | None) -> None:
+        """Look for the best checkpoint in this run's folder, which may have moved; take it only if intact."""
+        if not recorded:
+            return
+        run, state = Path(self.args.output_dir), self.state
+        folder = run / Path(recorded).name
+        problem = checkpoints.fault(folder)
+        if problem:
+            checkpoints.report_and_set_aside(folder, problem)
+            found = checkpoints.best_complete(run, state.log_history)
+            state.best_global_step, state.best_metric = found or (None, None)
+            folder = checkpoints.checkpoint_folder(run, found[0]) if found else None
+            print(
+                f"The best adapter was in {Path(recorded).name}; of those intact it is "
+                f"{folder.name if folder else 'the last one'}."
+            )
+        state.best_model_checkpoint = str(folder) if folder else None
+
+
+def _plain(value: object) -> object:
+    """An argument as JSON gives it back."""
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
 def _real_tokens(micro_batch: Mapping) -> int:

@@ -1,0 +1,146 @@
+"""What ends a training run early and how: SIGTERM, a loss that is no number, memory or disk used up.
+
+Each ends in one sentence with the step and the way on. Importing this module imports transformers.
+"""
+
+import contextlib
+import errno
+import math
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import TrainerCallback
+
+from fiqa_helpers import checkpoints
+from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.storage import say
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PATIENCE = 3  # steps in a row with an exploded loss before the run stops
+NO_MEMORY = ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+NO_SPACE = ("os error 28", "No space left on device", "PytorchStreamWriter failed", "iostream error")
+
+
+class Terminator(TrainerCallback):
+    """Answers SIGTERM (a job's time is over, a container stops) with a checkpoint after the current step.
+
+    Use it as a context manager around the training. A second SIGTERM ends the process at once.
+    """
+
+    told = False
+
+    def __enter__(self) -> "Terminator":
+        self.told = False
+        self._before = None
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self._before = signal.signal(signal.SIGTERM, self._hear)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _hear(self, number: int, frame: object) -> None:
+        self.told = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        say("SIGTERM: finishing this step, then writing a checkpoint.")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.told and state.global_step < state.max_steps:
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.told and state.global_step < state.max_steps:
+            folder = checkpoints.checkpoint_folder(args.output_dir, state.global_step)
+            raise WorkshopError(
+                f"Training was told to stop (SIGTERM) after step {state.global_step} of {state.max_steps}: "
+                f"run this again with the same parameters and it goes on from {folder.name}."
+            )
+
+
+class LossGuard:
+    """Notices a loss that is no number, or one that has become worse than guessing every token alike."""
+
+    def __init__(self, vocabulary: int):
+        self.limit = math.log(vocabulary) + 1  # nats; uniform guessing costs log(vocabulary)
+        self.bad_steps = 0  # in a row
+
+    def exploded(self, loss: float) -> bool:
+        """Take note of a step's loss; True when it has been beyond the limit for `PATIENCE` steps."""
+        self.bad_steps = self.bad_steps + 1 if loss > self.limit else 0
+        return self.bad_steps >= PATIENCE
+
+
+def way_on(run: Path | str) -> str:
+    """Which checkpoint is left, for the end of a sentence."""
+    last = checkpoints.newest_complete(Path(run))
+    return (
+        f"{last.name} is intact and the next run goes on from it" if last else "no checkpoint was written yet"
+    )
+
+
+@contextlib.contextmanager
+def memory_errors(run: Path | str, step: int, tokens_per_batch: int | None) -> Iterator[None]:
+    """Turn an exhausted memory, of the GPU or the machine, into advice.
+
+    The advice is raised outside of the `except` block: an error that holds the old one keeps its frames, and
+    with them the memory.
+    """
+    try:
+        yield
+        return
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in NO_MEMORY):
+            raise
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    smaller = f" (for example {tokens_per_batch // 2})" if tokens_per_batch else ""
+    raise WorkshopError(
+        f"Memory ran out at step {step}: lower tokens_per_batch{smaller} or set gradient_checkpointing: true "
+        f"in overrides, or end what else uses the memory; {way_on(run)}."
+    )
+
+
+@contextlib.contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one sentence; the unfinished checkpoint gives its space back.
+
+    torch reports a full disk as a RuntimeError of its archive writer, safetensors as an error of its own.
+    """
+    try:
+        yield
+        return
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        full = number in (errno.ENOSPC, errno.EDQUOT) or any(sign in str(error) for sign in NO_SPACE)
+        read_only = number in (errno.EROFS, errno.EACCES) or "os error 30" in str(error)
+        if not full and not read_only:
+            raise
+    shutil.rmtree(folder, ignore_errors=True)
+    problem, remedy = ("is full", "free some space") if full else ("cannot be written", "make it writable")
+    raise WorkshopError(
+        f"The disk of {folder.parent} {problem}, so {folder.name} could not be saved: {remedy} and run this "
+        f"again; {way_on(folder.parent)}."
+    )
+
+
+def rows_of(micro_batches: Sequence[Mapping], dataset: "Dataset") -> list[int]:
+    """Row numbers (from 0) in `dataset` of the rows in these micro-batches, padded or packed."""
+    wanted = set()
+    for batch in micro_batches:
+        ids = batch["input_ids"].tolist()
+        if "cu_seq_lens_q" in batch:
+            limits = batch["cu_seq_lens_q"].tolist()
+            wanted |= {tuple(ids[0][a:b]) for a, b in zip(limits, limits[1:], strict=False)}
+        else:
+            lengths = batch["attention_mask"].sum(dim=1).tolist()
+            wanted |= {tuple(row[:n]) for row, n in zip(ids, lengths, strict=True)}
+    return [number for number, row in enumerate(dataset["input_ids"]) if tuple(row) in wanted]
