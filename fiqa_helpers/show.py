@@ -1,0 +1,121 @@
+"""Tokens and answers as a reader sees them: escaped HTML in a notebook, plain text everywhere else."""
+
+import html
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from fiqa_helpers.prompts import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fiqa_helpers.generation import Answer
+
+# Dark text on a light ground of its own, readable in a light and in a dark JupyterLab, and in grey.
+_TRAINED = "background:#ffe08a;color:#111;font-weight:bold;text-decoration:underline"
+_READ = "border:1px dotted #888"
+_CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere"
+_STRIP = "line-height:1.9;font-family:monospace;overflow-wrap:anywhere"
+_TABLE = "width:100%;table-layout:fixed"
+_TEXT_WIDTH = 100  # characters of a line in the plain-text form
+
+
+class Shown:
+    """Something to display: JupyterLab takes the HTML, a terminal, a diff or a screen reader the text."""
+
+    def __init__(self, html: str, text: str):
+        self.html, self.text = html, text
+
+    def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
+        return {"text/html": self.html, "text/plain": self.text}
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def escape(text: str) -> str:
+    """`text` as inert HTML: no tags, no control characters, and no formulas out of dollar amounts.
+
+    JupyterLab typesets what stands between two dollar signs as mathematics, which eats sentences such as
+    "from $80 to $95". A dollar sign in an element of its own is left alone (MathJax documentation, "Putting
+    mathematics in a web page").
+    """
+    return html.escape(printable(text)).replace("$", "<span>$</span>").replace("\\", "<span>\\</span>")
+
+
+def printable(text: str) -> str:
+    """`text` with control and direction-changing characters replaced by the sign for unknown characters."""
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else "\ufffd" for sign in text)
+
+
+def tokens(
+    row: Mapping[str, Sequence[int]], tokenizer: "PreTrainedTokenizerBase", hide_first: int = 0
+) -> Shown:
+    """An encoded row (`input_ids`, `labels`) token by token; those that carry loss stand out.
+
+    They are bold, underlined and on a ground of their own in HTML, and in [brackets] in text, so nothing
+    depends on colour. `·` is a space that belongs to its token, `↵` a line break. `hide_first` leaves out
+    that many tokens at the start.
+    """
+    ids, labels = row["input_ids"], row["labels"]
+    trained = [label != IGNORE_INDEX for label in labels]
+    caption = f"{sum(trained)} of {len(ids)} tokens carry loss"
+    hidden = f" The first {hide_first} tokens are left out here." if hide_first else ""
+    marked, plain = [], []
+    for token, carries_loss in list(zip(ids, trained, strict=True))[hide_first:]:
+        text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        text = text.replace("\n", "↵").replace(" ", "·")
+        style = _TRAINED if carries_loss else _READ
+        tag = "u" if carries_loss else "span"  # <u> survives where style attributes are stripped
+        marked.append(f'<{tag} style="{style};padding:0 1px">{escape(text)}</{tag}>')
+        plain.append(f"[{printable(text)}]" if carries_loss else printable(text))
+    page = (
+        f"<p>{caption}, those <u style='{_TRAINED}'>bold and underlined</u>; "
+        f"the others are only read.{hidden}</p>"
+        f'<p style="{_STRIP}">{"&#8203;".join(marked)}</p>'
+    )
+    strip = textwrap.fill("".join(plain), _TEXT_WIDTH, break_on_hyphens=False)
+    return Shown(page, f"{caption}, those in [brackets]; the others are only read.{hidden}\n{strip}")
+
+
+def answers(
+    questions: Sequence[str], columns: "Mapping[str, Sequence[Answer]]", caption: str = "Answers side by side"
+) -> Shown:
+    """One row per question, one column per entry of `columns` (name -> an answer for each question).
+
+    Under every answer stands whether the model ended it and how long it is.
+
+    Raises:
+        ValueError: a column has not one answer for each question.
+    """
+    heads = "".join(f'<th scope="col" style="{_CELL}">{escape(name)}</th>' for name in columns)
+    body, text = "", [caption]
+    for number, (question, *row) in enumerate(zip(questions, *columns.values(), strict=True), 1):
+        cells = "".join(
+            f'<td style="{_CELL}">{escape(answer.text) or "<i>(nothing)</i>"}'
+            f"<br><i>&#8212; {ending(answer)}</i></td>"
+            for answer in row
+        )
+        body += f'<tr><th scope="row" style="{_CELL}">{escape(question)}</th>{cells}</tr>'
+        text.append(f"\n{number}. {printable(question)}")
+        for name, answer in zip(columns, row, strict=True):
+            said = textwrap.indent(
+                textwrap.fill(printable(answer.text) or "(nothing)", _TEXT_WIDTH - 4), "    "
+            )
+            text.append(f"  {name} ({ending(answer)}):\n{said}")
+    share = 80 // max(1, len(columns))
+    widths = '<col style="width:20%">' + f'<col style="width:{share}%">' * len(columns)
+    page = (
+        f'<table style="{_TABLE}"><caption style="text-align:left">{escape(caption)}</caption>'
+        f"<colgroup>{widths}</colgroup>"
+        f'<thead><tr><th scope="col" style="{_CELL}">Question</th>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table>"
+    )
+    return Shown(page, "\n".join(text))
+
+
+def ending(answer: "Answer") -> str:
+    """How an answer ended, in words: "stopped by itself after 34 tokens", "cut off at 48 tokens"."""
+    how = "stopped by itself after" if answer.stopped else "cut off at"
+    return f"{how} {answer.n_tokens} token{'' if answer.n_tokens == 1 else 's'}"
