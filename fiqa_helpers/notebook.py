@@ -144,7 +144,7 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if is_interactive() else "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "0" if is_interactive() else "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # each bar is a widget left in the file
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE" if not is_interactive() else "TQDM_MININTERVAL", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
