@@ -80,11 +80,14 @@ def tokens(
 
 
 def answers(
-    questions: Sequence[str], columns: "Mapping[str, Sequence[Answer]]", caption: str = "Answers side by side"
+    questions: Sequence[str],
+    columns: "Mapping[str, Sequence[Answer | str]]",
+    caption: str = "Answers side by side",
 ) -> Shown:
     """One row per question, one column per entry of `columns` (name -> an answer for each question).
 
-    Under every answer stands whether the model ended it and how long it is.
+    Under every generated answer stands whether the model ended it and how long it is; text that is a plain
+    `str`, such as a reference answer, stands alone.
 
     Raises:
         ValueError: a column has not one answer for each question.
@@ -92,18 +95,13 @@ def answers(
     heads = "".join(f'<th scope="col" style="{_CELL}">{escape(name)}</th>' for name in columns)
     body, text = "", [caption]
     for number, (question, *row) in enumerate(zip(questions, *columns.values(), strict=True), 1):
-        cells = "".join(
-            f'<td style="{_CELL}">{escape(answer.text) or "<i>(nothing)</i>"}'
-            f"<br><i>&#8212; {ending(answer)}</i></td>"
-            for answer in row
-        )
+        cells = "".join(f'<td style="{_CELL}">{_cell(answer)}</td>' for answer in row)
         body += f'<tr><th scope="row" style="{_CELL}">{escape(question)}</th>{cells}</tr>'
         text.append(f"\n{number}. {printable(question)}")
         for name, answer in zip(columns, row, strict=True):
-            said = textwrap.indent(
-                textwrap.fill(printable(answer.text) or "(nothing)", _TEXT_WIDTH - 4), "    "
-            )
-            text.append(f"  {name} ({ending(answer)}):\n{said}")
+            how = "" if isinstance(answer, str) else f" ({ending(answer)})"
+            said = textwrap.fill(printable(_text(answer)) or "(nothing)", _TEXT_WIDTH - 4)
+            text.append(f"  {name}{how}:\n{textwrap.indent(said, '    ')}")
     share = 80 // max(1, len(columns))
     widths = '<col style="width:20%">' + f'<col style="width:{share}%">' * len(columns)
     page = (
@@ -119,3 +117,12 @@ def ending(answer: "Answer") -> str:
     """How an answer ended, in words: "stopped by itself after 34 tokens", "cut off at 48 tokens"."""
     how = "stopped by itself after" if answer.stopped else "cut off at"
     return f"{how} {answer.n_tokens} token{'' if answer.n_tokens == 1 else 's'}"
+
+
+def _text(answer: "Answer | str") -> str:
+    return answer if isinstance(answer, str) else answer.text
+
+
+def _cell(answer: "Answer | str") -> str:
+    said = escape(_text(answer)) or "<i>(nothing)</i>"
+    return said if isinstance(answer, str) else f"{said}<br><i>&#8212; {ending(answer)}</i>"
