@@ -1,6 +1,7 @@
 """FiQA's rows from the Hugging Face hub, under the names and revisions it is known by."""
 
 import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fiqa_helpers.errors import WorkshopError
@@ -35,19 +36,26 @@ def load_from_hub(revision: str = "") -> tuple[str, "DatasetDict"]:
                 reasons.append(f"{name} at {candidate}: HTTP {status}")
             except (ValueError, RuntimeError) as error:  # a script repository, or one without this config
                 reasons.append(f"{name} at {candidate}: {_first_line(error)}")
-            except (
-                Exception
-            ) as error:  # httpx, requests and huggingface_hub each have a word for "no network"
-                raise WorkshopError(f"The hub cannot be reached ({_first_line(error)}): {REMEDY}.") from None
+            except Exception as error:  # every HTTP library has a word of its own for "no network"
+                return _cached(revision, _first_line(error))
     raise WorkshopError(f"The hub has no usable FiQA ({'; '.join(reasons)}): {REMEDY}.")
 
 
-def _cached(revision: str, error: Exception) -> tuple[str, "DatasetDict"]:
-    """What an earlier run downloaded; with `error` in the message when there is nothing."""
-    for name in NAMES:
-        with contextlib.suppress(Exception):  # each way of not being cached is another kind of error
-            return f"{name}, config {CONFIG}, cached copy (the hub cannot be reached)", _load(name, revision)
-    raise WorkshopError(f"The hub cannot be reached ({_first_line(error)}): {REMEDY}.") from None
+def _cached(revision: str, reason: str) -> tuple[str, "DatasetDict"]:
+    """What an earlier run downloaded (of that commit, if one was asked for)."""
+    from datasets import config
+
+    was_offline, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True  # else it asks the hub for half a minute
+    try:
+        for name in NAMES:
+            with contextlib.suppress(Exception):  # each way of not being cached is another kind of error
+                splits = _load(name, "")
+                commit = Path(splits["train"].cache_files[0]["filename"]).parent.name
+                if commit.startswith(revision):
+                    return f"{name}, config {CONFIG}, revision {commit}, cached (no hub: {reason})", splits
+    finally:
+        config.HF_HUB_OFFLINE = was_offline
+    raise WorkshopError(f"The hub cannot be reached ({reason}): {REMEDY}.") from None
 
 
 def _commit(name: str, revision: str) -> str:
@@ -67,4 +75,5 @@ def _load(name: str, commit: str, revision: str = "main") -> "DatasetDict":
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return f"{type(error).__name__}: {lines[0][:90]}"
