@@ -29,9 +29,10 @@ key() {
 # The Python that was asked for with PYTHON=..., as "3.12"; nothing when any will do.
 wanted=
 minor='import sys; print("%d.%d" % sys.version_info[:2])'
-if [ -n "${PYTHON:-}" ]; then
-    wanted=$("$(scripts/find_python.sh)" -c "$minor") || exit 1
-fi
+case ${PYTHON:-} in
+    3.1[23] | python3.1[23]) wanted=${PYTHON#python} ;;
+    */*) python=$(scripts/find_python.sh) && wanted=$("$python" -c "$minor") ;;
+esac
 
 complete() {
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ] || return 1
@@ -52,8 +53,8 @@ unfinished() {
 }
 
 build() {
-    python=$(scripts/find_python.sh) || exit 1
     if [ -e "$ours" ]; then
+        python=$(scripts/find_python.sh)  # before anything is deleted
         say "Making $venv again: it is unfinished, or made for another state of the project."
         rm -rf "$venv"
     elif [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv")" ]; then
@@ -61,6 +62,7 @@ build() {
         exit 1
     fi
     if [ ! -x "$venv/bin/python" ]; then
+        python=$(scripts/find_python.sh)
         mkdir -p "$venv"
         : >"$ours"
         say "Making the environment $venv with $("$python" --version) ($python)."
