@@ -50,6 +50,17 @@ def tiny_model(tiny_tokenizer):
     return model.tiny_model(tiny_tokenizer)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread for torch: several only wait for one another on tensors as small as those of tiny models."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def fiqa_rows() -> list[dict]:
     """The 648 packaged rows: question and ground_truths."""
