@@ -17,7 +17,7 @@ _TRAINED = "background:#ffe08a;color:#111;font-weight:bold;text-decoration:under
 _READ = "border:1px dotted #888"
 _CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere"
 _STRIP = "line-height:1.9;font-family:monospace;overflow-wrap:anywhere"
-_TABLE = "width:100%;table-layout:fixed"
+_TABLE = "width:100%;table-layout:fixed;color:inherit"
 _TEXT_WIDTH = 100  # characters of a line in the plain-text form
 
 
@@ -38,8 +38,8 @@ def escape(text: str) -> str:
     """`text` as inert HTML: no tags, no control characters, and no formulas out of dollar amounts.
 
     JupyterLab typesets what stands between two dollar signs as mathematics, which eats sentences such as
-    "from $80 to $95". A dollar sign in an element of its own is left alone (MathJax documentation, "Putting
-    mathematics in a web page").
+    "from $80 to $95". A dollar sign in an element of its own is left alone
+    (https://docs.mathjax.org/en/stable/input/tex/delimiters.html).
     """
     return html.escape(printable(text)).replace("$", "<span>$</span>").replace("\\", "<span>\\</span>")
 
