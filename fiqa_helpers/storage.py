@@ -15,8 +15,8 @@ from fiqa_helpers.errors import WorkshopError
 
 
 def say(text: str) -> None:
-    """A line for the person who waits; stderr keeps it out of results."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the person who waits: on stderr; in a notebook, where that looks like a fault, on stdout."""
+    print(text, file=sys.stdout if "ipykernel" in sys.modules else sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,68 @@
+"""Notebook 01 on rows that somebody else wrote: hostile text stays text, other formats and sizes work."""
+
+import json
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+pytestmark = pytest.mark.notebooks
+
+HOSTILE = (
+    "<script>alert(1)</script> <img src=x onerror=alert(2)> ![x](https://example.org/x.png) "
+    "$\\href{javascript:alert(3)}{x}$ \x1b[31mred \u202etxt.exe السند"
+)
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory, project, fiqa_rows):
+    """The notebook on 40 real rows and two hostile ones, which are the longest and the shortest."""
+    folder = tmp_path_factory.mktemp("notebook01")
+    mine = [
+        *fiqa_rows[:40],
+        {"question": f"Why? {HOSTILE}", "ground_truths": [f"{HOSTILE} " * 300]},
+        {"question": f"How? {HOSTILE}", "ground_truths": ["<script>alert(4)</script>"]},
+        {"question": fiqa_rows[0]["question"].upper(), "ground_truths": ["The same question again."]},
+    ]
+    (folder / "rows").mkdir()
+    (folder / "rows" / "mine.json").write_text(json.dumps(mine), encoding="utf-8")
+    parameters = {"profile": "laptop", "overrides": f"{{data: {folder / 'rows'}}}", "workdir": str(folder)}
+    (folder / "parameters.yaml").write_text(json.dumps(parameters))
+    command = [sys.executable, "-m", "papermill", str(project / "notebooks" / "01_explore_fiqa.ipynb")]
+    command += [str(folder / "01.ipynb"), "-f", str(folder / "parameters.yaml"), "--no-progress-bar"]
+    run = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return folder
+
+
+def test_hostile_text_is_shown_as_text(executed):
+    """A forum post must not run code, load a picture, write formulas or turn the line around."""
+    notebook = nbformat.read(executed / "01.ipynb", 4)
+    data = [o["data"] for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
+    pages = "".join(d.get("text/html", "") for d in data)
+    assert "&lt;script&gt;alert(1)" in pages and "&lt;script&gt;alert(4)" in pages  # it was shown
+    assert "<script>" not in pages and "<img" not in pages
+    assert not [d for d in data if "text/markdown" in d or "text/latex" in d]
+    everything = json.dumps(notebook.cells, ensure_ascii=False)
+    assert "\x1b" not in everything and "\\u001b" not in everything and "\u202e" not in everything
+
+
+def test_repairs_are_in_the_notebook_and_its_card(executed):
+    """What was put right must be read by the person and by the next notebook."""
+    card = json.loads((executed / "outputs" / "run_cards" / "01.json").read_text())
+    assert card["facts"]["rows"] == {"train": 34, "validation": 4, "test": 4}
+    assert sum(card["facts"]["repairs"]["mine.json"].values()) == 3  # two with control characters
+    text = (executed / "01.ipynb").read_text()
+    assert "Repaired: 1 rows with a question that the split already has" in text
+
+
+def test_plots_are_small_pictures_with_words(executed):
+    """A picture without alternative text says nothing to some readers; megabytes make a slow notebook."""
+    plots = sorted((executed / "outputs" / "plots").glob("01_*.png"))
+    assert len(plots) == 4 and all(plot.stat().st_size < 100_000 for plot in plots)
+    notebook = nbformat.read(executed / "01.ipynb", 4)
+    shown = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+    pictures = [o for o in shown if "image/png" in o.get("data", {})]
+    assert len(pictures) == 4
+    assert all(len(o["metadata"]["image/png"]["alt"]) > 30 for o in pictures)
