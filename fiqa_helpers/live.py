@@ -64,7 +64,7 @@ class LivePanel(TrainerCallback, PanelRecord):
         self.stopped: str | None = None  # "Stop button" or "interrupted"
         self.failed: str | None = None  # the exception's name
         self.note, self.phase = "", "starting"
-        self.drawing_seconds = 0.0
+        self.drawing_seconds = self.picture_seconds = 0.0  # of drawing while it runs, and of the last picture
         self._loop = self._step_began = time.perf_counter()
         self._step_seconds: float | None = None
         self._next_drawing = 0.0
@@ -86,7 +86,7 @@ class LivePanel(TrainerCallback, PanelRecord):
             self.failed = kind.__name__
         self.closed = time.perf_counter()
         png = draw_png(self.view(), f"{self.title}: {self.outcome}")
-        self.drawing_seconds += time.perf_counter() - self.closed
+        self.picture_seconds = time.perf_counter() - self.closed
         if self.png is not None:
             Path(self.png).parent.mkdir(parents=True, exist_ok=True)
             Path(self.png).write_bytes(png)
@@ -180,6 +180,16 @@ class LivePanel(TrainerCallback, PanelRecord):
             raise StopTraining
 
     # Stopping
+
+    def request_stop(self, at_once: bool = False) -> None:
+        """What the Stop button does; `at_once`, its second press. Safe to call from another thread."""
+        self._output.stop.set()
+        if at_once:
+            self._output.stop_now.set()
+
+    def request_sample(self) -> None:
+        """What the Sample now button does. Safe to call from another thread."""
+        self._output.sample_now.set()
 
     def _obey(self, args, control, saved: bool = False) -> None:
         """Turn a pressed Stop button into Trainer's own way of ending: after this step, with a checkpoint."""

@@ -21,7 +21,7 @@ def answer_clicks_while_busy(widget) -> None:
     ipykernel 7.4 sends an event to the thread that last used the widget's channel, which is the busy one;
     without that route it takes the frontend's own, a subshell thread. Older versions have no such route.
     """
-    widget.comm.__dict__["_reply_subshell_for"] = lambda data, default: default
+    getattr(widget.comm, "__dict__", {})["_reply_subshell_for"] = lambda data, default: default
 
 
 def show_line(text: str) -> None:

@@ -69,6 +69,8 @@ def describe(view: View) -> str:
         values = view.points(name)
         if values:
             parts.append(f"{words} {values[0][1]:.3f} -> {values[-1][1]:.3f}")
+    if view.resumed_at:
+        parts.append(f"resumed at step {view.resumed_at}")
     if view.note:
         parts.append(view.note)
     return "; ".join(parts)
@@ -90,11 +92,12 @@ def _tiles(view: View) -> str:
     validation = [(value, step) for step, value in view.points("eval_loss") if math.isfinite(value)]
     best = "best {:.3f} at step {}".format(*min(validation)) if validation else "not measured yet"
     memory = [value for _, value in view.points("memory_gib")]
-    first = view.points("loss")
+    first, rates = view.points("loss"), [value for _, value in view.points("learning_rate")]
+    peak_rate = f"highest {max(rates):.2e}" if rates else ""
     tiles = (
         ("Training loss", view.last("loss"), "{:.3f}", f"began at {first[0][1]:.3f}" if first else ""),
         ("Validation loss", view.last("eval_loss"), "{:.3f}", best),
-        ("Learning rate", view.last("learning_rate"), "{:.2e}", "per optimizer step"),
+        ("Learning rate", view.last("learning_rate"), "{:.2e}", peak_rate),
         ("Tokens a second", view.last("tokens_per_second"), "{:,.0f}", "prompt and answer, trained"),
         ("Memory", view.last("memory_gib"), "{:.1f} GiB", f"peak {max(memory):.1f} GiB" if memory else ""),
     )
@@ -114,7 +117,9 @@ def _answer(sample: dict | None, index: int, waiting: str) -> str:
 
 def _samples(view: View) -> str:
     step = f"at step {view.latest['step']}" if view.latest else "while it learns"
-    rows = [f"<h4>Question</h4><h4>The untuned model</h4><h4>The model {step}</h4>"]
+    rows = [
+        f"<div class=h>Question</div><div class=h>The untuned model</div><div class=h>The model {step}</div>"
+    ]
     for index, question in enumerate(view.questions):
         rows.append(f"<p class=q tabindex=0>{html.escape(question)}</p>")
         rows.append(_answer(view.untuned, index, "no answer yet"))
@@ -148,7 +153,7 @@ def draw_html(view: View) -> str:
 
 STYLE = f"""
 .fiqa-panel{{--ink:var(--jp-ui-font-color1,#1f2328);--soft:var(--jp-ui-font-color2,#59636e);
---line:var(--jp-border-color2,#d0d7de);--card:var(--jp-layout-color2,#f6f8fa);box-sizing:border-box;width:920px;
+--line:var(--jp-border-color2,#d0d7de);--card:var(--jp-layout-color2,#f6f8fa);box-sizing:border-box;width:100%;max-width:920px;
 padding:14px 18px 12px;border:1px solid var(--line);border-radius:8px;color:var(--ink);
 font:13px/1.4 var(--jp-ui-font-family,system-ui,sans-serif)}}
 .fiqa-panel *{{box-sizing:border-box}}
@@ -178,7 +183,7 @@ white-space:nowrap;overflow:hidden;text-overflow:ellipsis}}
 .fiqa-panel .d{{fill:{ORANGE};stroke:none}} .fiqa-panel .r{{fill:none;stroke:var(--soft);stroke-width:2}}
 .fiqa-panel .x{{fill:none;stroke:var(--jp-error-color1,#d1242f);stroke-width:2}}
 .fiqa-panel .samples{{display:grid;grid-template-columns:2fr 3.4fr 3.4fr;gap:0 16px;margin-top:8px}}
-.fiqa-panel h4{{margin:0;padding-bottom:3px;font-size:13px;font-weight:600;
+.fiqa-panel .h{{padding-bottom:3px;font-size:13px;font-weight:600;
 border-bottom:1px solid var(--line)}}
 .fiqa-panel .samples p{{height:95px;margin:0;padding:5px 0;overflow:auto;border-bottom:1px solid var(--line);
 font-size:12px;line-height:17px;white-space:pre-wrap;overflow-wrap:anywhere}}

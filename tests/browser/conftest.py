@@ -1,0 +1,59 @@
+"""Fixtures of the browser tests: one JupyterLab and one Chromium for all, a fresh page for each."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+from browser import FLAGS, chromium, jupyterlab  # noqa: E402
+
+
+def pytest_collection_modifyitems(items):
+    """Everything here is marked `browser`; without Chromium or playwright it is skipped by name."""
+    missing = []
+    if chromium() is None:
+        missing.append("Chromium is not installed")
+    try:
+        import playwright.sync_api  # noqa: F401
+    except ImportError:
+        missing.append("playwright is not installed")
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.browser)
+            if missing:
+                item.add_marker(pytest.mark.skip(reason=" and ".join(missing)))
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory) -> Path:
+    """The folder that JupyterLab serves; nothing is ever saved in the checkout."""
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="session")
+def lab(served):
+    with jupyterlab(served) as (address, token):
+        yield address, token
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    context = browser.new_context(viewport={"width": 1360, "height": 1000})
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    yield page
+    # a kernel holds a model's memory until it is told to end
+    page.evaluate("async () => await window.jupyterapp?.shell.currentWidget?.sessionContext?.shutdown()")
+    context.close()

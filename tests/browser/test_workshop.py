@@ -1,0 +1,214 @@
+"""The real notebooks 00 to 05 in a real browser: the laptop profile's real model, a few short steps.
+
+Each test asks for the notebooks it builds on; they are run once, in the browser too. Every test leaves a
+screenshot in outputs/screenshots.
+"""
+
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from browser import Notebook
+from panel_watch import SEEN, WATCH
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+NAMES = {path.name[:2]: path.name for path in sorted(NOTEBOOKS.glob("0[0-5]_*.ipynb"))}
+SHORT = (
+    "{max_steps: 6, batch_size: 4, max_length: 160, train_rows: 32, eval_rows: 4, eval_steps: 2, "
+    "sample_steps: 2, max_new_tokens: 16}"
+)
+LONG = SHORT.replace("max_steps: 6", "max_steps: 8")
+STOPPED = re.compile(r"stopped at step (\d+) of (\d+) \((.*?)\)")
+
+
+def place(folder: Path, workdir: Path, number: str, **parameters) -> str:
+    """Copy a notebook into the served folder, with parameters as papermill injects them; gives its name."""
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    values = {"profile": "laptop", "overrides": SHORT, "workdir": str(workdir), **parameters}
+    source = load_notebook_node(str(NOTEBOOKS / NAMES[number]))
+    notebook = parameterize_notebook(source, values)
+    name = f"{workdir.name}_{NAMES[number]}"
+    (folder / name).write_text(json.dumps(notebook), encoding="utf-8")
+    return name
+
+
+@pytest.fixture(scope="session")
+def workshop(served, lab, browser):
+    """workshop("03"): the workdir with notebooks 00 to 03 run in the browser, once in this session."""
+    workdir, done = served / "workshop", {}
+
+    def run_up_to(number: str) -> Path:
+        for earlier in sorted(NAMES):
+            if earlier > number:
+                break
+            if earlier not in done:
+                done[earlier] = "failed"  # until it is known better: a second test must not wait for it again
+                done[earlier] = run(earlier)
+            assert done[earlier] == [], f"{NAMES[earlier]}: {done[earlier]}"
+        return workdir
+
+    def run(number: str) -> list[str]:
+        page = browser.new_page(viewport={"width": 1360, "height": 1000})
+        notebook = Notebook(page, *lab, place(served, workdir, number))
+        notebook.run_all()
+        notebook.wait_until_done(900)
+        notebook.shot(f"notebook-{number}")
+        errors, unrun = notebook.errors(), [cell["id"] for cell in notebook.cells() if not cell["count"]]
+        notebook.close()
+        return errors + [f"cell {cell} was not run" for cell in unrun]
+
+    return run_up_to
+
+
+@pytest.fixture
+def training(served, lab, page, workshop):
+    """training(name): notebook 04 running, in a workdir of its own that holds what 00 to 03 left."""
+
+    def start(name: str, **parameters) -> tuple[Notebook, Path]:
+        workdir = served / name
+        shutil.copytree(workshop("03"), workdir, ignore=shutil.ignore_patterns("checkpoints"))
+        notebook = Notebook(page, *lab, place(served, workdir, "04", **parameters))
+        notebook.run_all()
+        page.wait_for_selector(".fiqa-panel svg", timeout=300_000)
+        reveal(page)
+        return notebook, workdir
+
+    return start
+
+
+def reveal(page) -> None:
+    """Scroll to the panel, as a reader would."""
+    page.evaluate("() => document.querySelector('.fiqa-panel').scrollIntoView({block: 'center'})")
+
+
+def at_step(page, step: int, seconds: int = 300) -> None:
+    """Wait until the panel shows `step` optimizer steps done."""
+    page.wait_for_selector(f".fiqa-panel .when:has-text('step {step} of')", timeout=1000 * seconds)
+
+
+def train_cell(notebook: Notebook) -> dict:
+    source = next(cell for cell in notebook.sources() if "with panel:" in cell["source"])
+    return next(cell for cell in notebook.cells() if cell["id"] == source["id"])
+
+
+@pytest.mark.parametrize("number", [number for number in NAMES if number != "04"])
+def test_run_all(workshop, number):
+    """A notebook could end in an error or a dialog in JupyterLab although it runs under papermill."""
+    workshop(number)
+
+
+def test_training_is_watched_in_one_place(training, page, served):
+    """The curve could stand still, flicker or jump; the samples never change; widgets stay in the file."""
+    notebook, workdir = training("watched")
+    page.evaluate(WATCH)
+    at_step(page, 4)
+    page.wait_for_selector(".fiqa-panel .samples .h:has-text('at step 4')", timeout=120_000)
+    assert notebook.running
+    notebook.shot("training-live")
+    notebook.wait_until_done(600)
+    seen = page.evaluate(SEEN)
+    assert seen["curves"] >= 3 and seen["texts"] >= 3, seen
+    assert seen["nodes"] == 1 and len(seen["heights"]) == 1, seen
+    assert notebook.errors() == []
+    saved = notebook.save(served)
+    outputs = train_cell(notebook)["outputs"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
+    assert not [output for output in outputs if any("widget" in kind for kind in output.get("data", {}))]
+    assert "widgets" not in saved["metadata"]
+    assert (workdir / "outputs/plots/04_training.png").is_file()
+    notebook.shot("training-finished")
+
+
+@pytest.mark.parametrize("how", ["Stop button", "interrupted"])
+def test_training_can_be_ended(training, page, how):
+    """Stop could wait for the end of the training, lose the adapter, or keep later cells from running."""
+    name = how.split()[0].lower()
+    notebook, workdir = training(name, overrides=LONG)
+    at_step(page, 3)
+    began = time.monotonic()
+    if how == "interrupted":
+        notebook.command("notebook:interrupt-kernel", wait=False)
+    else:
+        page.locator(".jupyter-button", has_text="Stop").click()
+    page.locator(".fiqa-panel").wait_for(state="detached", timeout=60_000)
+    took = time.monotonic() - began
+    notebook.wait_until_done(120)
+    text = "\n".join(notebook.text(cell["id"]) for cell in notebook.cells())
+    step, total, reason = STOPPED.search(text).groups()
+    print(f"{how}: {took:.1f} s, at step {step} of {total}")
+    assert reason == how and int(step) <= 4 and total == "8"
+    assert notebook.errors() == []
+    assert all(cell["count"] for cell in notebook.cells())
+    assert (workdir / "checkpoints/final_model/adapter_model.safetensors").is_file()
+    card = json.loads((workdir / "outputs/run_cards/04.json").read_text())
+    assert f"stopped at step {step}" in json.dumps(card)
+    notebook.shot(f"training-{name}")
+
+
+def test_a_restarted_kernel_resumes(training, page):
+    """After a kernel's death the run could begin anew over its checkpoints, or lose curve and samples."""
+    notebook, workdir = training("restarted", overrides=LONG)
+    at_step(page, 5)
+    notebook.command("notebook:restart-kernel", wait=False)
+    page.locator(".jp-Dialog .jp-mod-accept").click()
+    page.locator(".jp-Dialog").wait_for(state="detached")
+    notebook.wait_for_kernel()
+    newest = max(
+        int(path.name.partition("-")[2]) for path in (workdir / "checkpoints/run").glob("checkpoint-*")
+    )
+    notebook.command("notebook:clear-all-cell-outputs")
+    notebook.run_all()
+    page.wait_for_selector(".fiqa-panel .when:has-text('resumed at step')", timeout=300_000)
+    reveal(page)
+    assert f"resumed at step {newest}" in page.locator(".fiqa-panel .when").inner_text()
+    at_step(page, newest + 1)
+    notebook.shot("training-resumed")
+    notebook.wait_until_done(600)
+    assert notebook.errors() == []
+    text = "\n".join(notebook.text(cell["id"]) for cell in notebook.cells())
+    assert f"resumed at step {newest}" in text and "finished 8 steps" in text
+
+
+def test_run_all_after_a_finished_run_trains_nothing(workshop, served, lab, page):
+    """Run All once more could train over a good adapter without a word."""
+    workdir = workshop("04")
+    adapter = workdir / "checkpoints/final_model/adapter_model.safetensors"
+    before = adapter.read_bytes(), adapter.stat().st_mtime_ns
+    notebook = Notebook(page, *lab, place(served, workdir, "04"))
+    notebook.run_all()
+    notebook.wait_until_done(300)
+    assert notebook.errors() == []
+    assert "nothing was trained again" in "\n".join(notebook.text(cell["id"]) for cell in notebook.cells())
+    assert (adapter.read_bytes(), adapter.stat().st_mtime_ns) == before
+
+
+def test_the_playground_with_mouse_and_keyboard(workshop, served, lab, page):
+    """The box could be dead, take keys for notebook commands, block the page, or show one answer twice."""
+    workdir = workshop("04")
+    notebook = Notebook(page, *lab, place(served, workdir, "05"))
+    notebook.run_all()
+    notebook.wait_until_done(600)
+    assert notebook.errors() == []
+    box = page.locator(".widget-textarea textarea")
+    box.scroll_into_view_if_needed()
+    box.fill("Is a <b>bond</b> safer than a stock?")
+    handle = page.locator(".widget-slider .noUi-handle").first
+    handle.focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    assert page.locator(".widget-readout").first.inner_text() == "0.3"
+    page.locator(".jupyter-button", has_text="Answer").focus()
+    page.keyboard.press("Space")
+    page.locator(".fiqa-answer small:has-text('tokens,')").nth(1).wait_for(timeout=120_000)
+    answers = page.locator(".fiqa-answer p").all_inner_texts()
+    assert len(answers) == 2 and all(answers) and answers[0] != answers[1]
+    page.get_by_role("button", name="Copy the answer of the tuned model").click()
+    assert page.evaluate("() => navigator.clipboard.readText()") == answers[1]
+    notebook.shot("playground")
