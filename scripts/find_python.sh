@@ -12,7 +12,7 @@ esac
 
 check='
 import sys
-if "%d.%d" % sys.version_info[:2] not in sys.argv[1:] or sys.implementation.name != "cpython":
+if "%d.%d" % sys.version_info[:2] not in sys.argv[1].split() or sys.implementation.name != "cpython":
     sys.exit(1)
 import sysconfig
 if sysconfig.get_config_var("Py_GIL_DISABLED"):
@@ -23,7 +23,7 @@ print(getattr(sys, "_base_executable", None) or sys.executable)
 
 # Run one candidate; print its real path (the base interpreter, when it belongs to a virtual environment).
 try() {
-    found=$("$@" -I -c "$check" $versions 2>/dev/null </dev/null) && [ -x "$found" ] && printf '%s\n' "$found"
+    found=$("$@" -I -c "$check" "$versions" 2>/dev/null </dev/null) && [ -x "$found" ] && printf '%s\n' "$found"
 }
 
 # Try every executable of the name $1 on PATH, as a shim that fails may hide a Python that works.
