@@ -39,7 +39,8 @@ test-slow: env  ## the second tier of tests: longer runs, kills, resumes
 	@$(python) -m pytest -m slow $(ARGS)
 
 lab: env  ## open the workshop in JupyterLab
-	@$(python) -m jupyterlab notebooks/00_start_here.ipynb $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+	@$(python) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
+		$(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 env:  ## make or update the environment only
 	@scripts/make_env.sh "$$FIQA_VENV"
