@@ -1,13 +1,14 @@
-"""Training runs in processes of their own, to be killed: real rows, real tokenizer, the tiny model, the real code.
+"""Training runs in processes of their own, to be killed: real rows, tokenizer and code, the tiny model.
 
-`python training_child.py` reads one JSON job a line from stdin. Everything slow is imported and prepared once; each
-job is a forked process whose process id and exit status are printed. The job's file `phase` holds one byte that says
-what the process is doing, so that a kill can be aimed and what it hit can be proven.
+`python training_child.py serve` reads one JSON job a line from stdin. What is slow to prepare is prepared
+once; each job is a forked process; its process id and exit status are printed. The job's file `phase` holds
+a byte that says what the process is doing, so that a kill can be aimed and what it hit can be proven.
 """
 
 import json
 import mmap
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -40,6 +41,17 @@ def train(job: dict, prepared: dict) -> None:
             super()._save_checkpoint(*args)
             phase[0] = TRAINING
 
+        def training_step(self, *args):
+            if "megabytes_more" not in job:
+                return super().training_step(*args)
+            now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            _, most = resource.getrlimit(resource.RLIMIT_AS)
+            resource.setrlimit(resource.RLIMIT_AS, (now + job["megabytes_more"] * 2**20, most))
+            try:
+                return super().training_step(*args)
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
     class Phases(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             phase[0] = TRAINING
@@ -62,7 +74,9 @@ def train(job: dict, prepared: dict) -> None:
 
     def answer(questions):
         phase[0] = SAMPLING
-        answers = generate_answers(tuned, tokenizer, questions, max_new_tokens=profile.max_new_tokens, temperature=1.0)
+        answers = generate_answers(
+            tuned, tokenizer, questions, max_new_tokens=profile.max_new_tokens, temperature=1.0
+        )
         phase[0] = TRAINING
         return answers
 
@@ -140,7 +154,7 @@ def serve() -> None:
             try:
                 train(job, prepared)
                 code = 0
-            except BaseException as error:
+            except BaseException as error:  # as a notebook shows it: name and sentence
                 print(f"{type(error).__name__}: {error}")
             sys.stdout.flush()
             os._exit(code)
@@ -189,19 +203,32 @@ class Trainings:
         Returns the phase that was hit, or None when the training had ended before.
         """
         process = self.start(workdir, **job)
-        while phase and self.phase() != phase and Path(f"/proc/{process}/fd").is_dir() and self._alive(process):
+        while phase and self.phase() != phase and self.alive(process):
             time.sleep(0.0002)
         time.sleep(delay)
         os.kill(process, signal.SIGKILL)
         hit = self.phase()
         return hit if self.wait() == -signal.SIGKILL else None
 
-    def _alive(self, process: int) -> bool:
+    def alive(self, process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
-    def close(self) -> None:
+    def __enter__(self) -> "Trainings":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self.server.stdin.close()
         self.server.wait(timeout=30)
+
+
+def result(workdir: Path) -> dict:
+    """What a kill must not change: adapter, losses, learning rates, samples. Timings are left out."""
+    folder = workdir / "checkpoints" / "final_model"
+    card = json.loads((folder / "run_card.json").read_text(encoding="utf-8"))
+    timings = ("_runtime", "_per_second")
+    history = [{k: v for k, v in row.items() if not k.endswith(timings)} for row in card["history"]]
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    return {"adapter": weights, "history": history, "samples": card["samples"], "best": card["best"]}
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["serve"]:

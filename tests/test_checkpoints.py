@@ -1,0 +1,238 @@
+"""Checkpoints: complete or not, whose they are, one process at a time, the saved adapter."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from fiqa_helpers import checkpoints, run_identity
+from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.paths import Workspace
+from fiqa_helpers.profiles import load_profile
+
+ROWS = {"train": "a" * 64, "validation": "b" * 64}
+
+
+def make_checkpoint(run, step: int):
+    folder = checkpoints.checkpoint_folder(run, step)
+    folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 40)
+    (folder / "optimizer.pt").write_bytes(b"x" * 5000)
+    (folder / "trainer_state.json").write_text("{}")
+    checkpoints.write_manifest(folder)
+    return folder
+
+
+def flip_one_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "truncated": lambda f: (f / "optimizer.pt").write_bytes((f / "optimizer.pt").read_bytes()[:-1]),
+    "bit-flipped": lambda f: flip_one_bit(f / "adapter_model.safetensors"),
+    "missing": lambda f: (f / "trainer_state.json").unlink(),
+    "no manifest": lambda f: (f / "manifest.json").unlink(),
+    "empty manifest": lambda f: (f / "manifest.json").write_text(""),
+    "manifest of another kind": lambda f: (f / "manifest.json").write_text('{"files": ["a"]}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path, capsys, damage):
+    """A resume from damaged files would end in a traceback or, worse, in another model without a word."""
+    run = tmp_path / "run"
+    good, bad = make_checkpoint(run, 9), make_checkpoint(run, 10)
+    DAMAGE[damage](bad)
+    left = sorted(path.name for path in bad.iterdir())
+    assert checkpoints.newest_complete(run) == good
+    said = capsys.readouterr().out
+    assert said.startswith("checkpoint-10 is not used: ") and said.count("\n") == 1
+    (kept,) = (run / "set_aside").iterdir()
+    assert sorted(path.name for path in kept.iterdir()) == left  # nothing was deleted
+    assert f"run/set_aside/{kept.name}" in said
+
+
+def test_steps_are_numbers_not_names(tmp_path):
+    """checkpoint-9 sorts behind checkpoint-10 as text; other folders beside them are nobody's checkpoint."""
+    for step in (9, 10, 100):
+        make_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-final").mkdir()
+    (tmp_path / "checkpoint-200").write_text("a file")
+    assert checkpoints.steps_of(tmp_path) == [100, 10, 9]
+    assert checkpoints.newest_complete(tmp_path).name == "checkpoint-100"
+
+
+def test_no_run_no_checkpoint(tmp_path):
+    """The first run has no folder at all."""
+    assert checkpoints.newest_complete(tmp_path / "nothing") is None
+
+
+def test_best_is_the_lowest_loss_among_intact_ones(tmp_path):
+    """The recorded best may be damaged or rotated away."""
+    for step in (2, 4, 6):
+        make_checkpoint(tmp_path, step)
+    flip_one_bit(tmp_path / "checkpoint-4" / "optimizer.pt")
+    history = [{"step": s, "eval_loss": x} for s, x in ((2, 3.3), (4, 3.1), (6, 3.2), (8, 1.0))] + [
+        {"step": 6}
+    ]
+    assert checkpoints.best_complete(tmp_path, history) == (6, 3.2)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"learning_rate": 1e-3}, "learning_rate was 0.002 and is now 0.001"),
+        ({"lora_targets": ("q_proj",)}, "lora_targets was ['q_proj', 'k_proj', 'v_proj', 'o_proj']"),
+        ({"model": "packaged"}, "model was 'random' and is now 'packaged'"),
+        ({"prompt": "chat"}, "prompt was 'plain' and is now 'chat'"),
+        ({"seed": 7, "max_steps": 9}, "max_steps was 4 and is now 9; seed was 42 and is now 7"),
+        ({"dtype": "bfloat16"}, "dtype was 'float32'"),
+    ],
+)
+def test_run_with_other_settings_is_refused_with_the_difference(tmp_path, change, named):
+    """Half a run with one learning rate and half with another is a result that nobody asked for."""
+    workspace, profile = Workspace(str(tmp_path)), load_profile("tiny")
+    checkpoints.open_run(workspace, profile, ROWS)
+    make_checkpoint(workspace.checkpoints / "run", 2)
+    with pytest.raises(WorkshopError) as error:
+        checkpoints.open_run(workspace, replace(profile, **change), ROWS)
+    assert named in str(error.value) and 'on_existing = "fresh"' in str(error.value)
+    assert "\n" not in str(error.value)
+    assert checkpoints.open_run(workspace, profile, ROWS).resume_from.name == "checkpoint-2"
+
+
+def test_run_with_other_rows_or_prompt_text_is_refused(tmp_path, monkeypatch):
+    """The same settings over other data, or another template, are another run."""
+    workspace, profile = Workspace(str(tmp_path)), load_profile("tiny")
+    checkpoints.open_run(workspace, profile, ROWS)
+    with pytest.raises(WorkshopError, match=r"the validation rows changed \(validation_sha256\)"):
+        checkpoints.open_run(workspace, profile, ROWS | {"validation": "c" * 64})
+    monkeypatch.setattr(run_identity, "SYSTEM_TEXT", "Answer briefly.")
+    with pytest.raises(WorkshopError, match="the prompt template changed"):
+        checkpoints.open_run(workspace, profile, ROWS)
+
+
+def test_other_weights_in_the_same_model_folder_are_noticed(tmp_path):
+    """A model folder keeps its name when its weights are replaced by others of the same size."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"\0" * 3_000_000)
+    profile = replace(load_profile("tiny"), model=str(folder))
+    workspace = Workspace(str(tmp_path / "work"))
+    checkpoints.open_run(workspace, profile, ROWS)
+    (folder / "model.safetensors").write_bytes(b"\1" * 3_000_000)
+    with pytest.raises(WorkshopError, match="the model's files changed"):
+        checkpoints.open_run(workspace, profile, ROWS)
+
+
+def test_less_memory_is_no_other_run(tmp_path, capsys):
+    """After running out of memory one lowers tokens_per_batch: the run must go on, and say what changed."""
+    workspace, profile = Workspace(str(tmp_path)), load_profile("tiny")
+    checkpoints.open_run(workspace, profile, ROWS)
+    make_checkpoint(workspace.checkpoints / "run", 2)
+    smaller = replace(profile, tokens_per_batch=256)
+    assert checkpoints.open_run(workspace, smaller, ROWS).resume_from.name == "checkpoint-2"
+    assert "tokens_per_batch was 512 and is now 256" in capsys.readouterr().out
+    checkpoints.open_run(workspace, smaller, ROWS)
+    assert capsys.readouterr().out == ""  # it is the run's setting now
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"definition": 3}'])
+def test_checkpoints_of_an_unknown_run_are_refused(tmp_path, content):
+    """Without run.json nobody knows what the checkpoints belong to: taking them up would be a guess."""
+    workspace, profile = Workspace(str(tmp_path)), load_profile("tiny")
+    folder = checkpoints.open_run(workspace, profile, ROWS).folder
+    make_checkpoint(folder, 2)
+    (folder / "run.json").unlink()
+    if content is not None:
+        (folder / "run.json").write_text(content)
+    with pytest.raises(WorkshopError, match="no readable run.json"):
+        checkpoints.open_run(workspace, profile, ROWS)
+
+
+def test_fresh_keeps_the_earlier_run_and_adapter(tmp_path, capsys):
+    """Hours of training must not go away because a parameter says fresh."""
+    workspace, profile = Workspace(str(tmp_path)), load_profile("tiny")
+    make_checkpoint(checkpoints.open_run(workspace, profile, ROWS).folder, 2)
+    workspace.final_model.mkdir()
+    (workspace.final_model / "adapter_model.safetensors").write_bytes(b"weights")
+    run = checkpoints.open_run(workspace, replace(profile, seed=1), ROWS, on_existing="fresh")
+    assert run.resume_from is None and not workspace.final_model.exists()
+    kept = {path.name.rsplit("-", 2)[0]: path for path in (workspace.checkpoints / "earlier").iterdir()}
+    assert checkpoints.fault(kept["run"] / "checkpoint-2") is None
+    assert (kept["final_model"] / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert capsys.readouterr().out.count("is kept as checkpoints/earlier/") == 2
+
+
+HOLDER = """
+import sys
+from fiqa_helpers import checkpoints
+from fiqa_helpers.paths import Workspace
+from fiqa_helpers.profiles import load_profile
+checkpoints.open_run(Workspace(sys.argv[1]), load_profile("tiny"), {"train": "a", "validation": "b"})
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_second_process_in_the_same_folder_is_refused(tmp_path):
+    """Two runs that write the same checkpoints spoil both. A killed process holds nothing back."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "open\n"
+        second = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert second.returncode != 0 and second.stdout == ""
+        assert f"Another process ({first.pid}) has the run in checkpoints" in second.stderr.splitlines()[-1]
+        elsewhere = [*command[:-1], str(tmp_path / "other")]
+        assert subprocess.run(elsewhere, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+        first.kill()
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+
+
+def test_same_process_may_open_its_run_again(tmp_path):
+    """A cell is run twice in one kernel: its own lock must not stop it."""
+    workspace, profile = Workspace(str(tmp_path)), load_profile("tiny")
+    for _ in range(2):
+        assert checkpoints.open_run(workspace, profile, ROWS).resume_from is None
+
+
+def saved(tiny_model, tiny_tokenizer, workspace, **card):
+    from peft import get_peft_model
+
+    from fiqa_helpers import model
+
+    tuned = get_peft_model(tiny_model, model.lora_config(load_profile("tiny")))
+    return checkpoints.save_final(tuned, tiny_tokenizer, workspace.final_model, **card)
+
+
+def test_finished_run_is_recognised_unless_its_adapter_is_damaged(
+    tmp_path, tiny_model, tiny_tokenizer, capsys
+):
+    """A finished run is not trained again; an adapter that broke since then is not handed out."""
+    workspace, profile = Workspace(str(tmp_path)), load_profile("tiny")
+    run = checkpoints.open_run(workspace, profile, ROWS)
+    saved(tiny_model, tiny_tokenizer, workspace, definition=run.definition, finished=True)
+    assert checkpoints.open_run(workspace, profile, ROWS).final_card["finished"]
+    flip_one_bit(workspace.final_model / "adapter_model.safetensors")
+    assert checkpoints.open_run(workspace, profile, ROWS).final_card is None
+    assert "final_model is not used: adapter_model.safetensors was changed" in capsys.readouterr().out
+
+
+def test_saving_the_adapter_keeps_the_one_before(tmp_path, tiny_model, tiny_tokenizer, capsys):
+    """An adapter on disk is replaced by a complete one only, and stays within reach."""
+    workspace = Workspace(str(tmp_path))
+    saved(tiny_model, tiny_tokenizer, workspace, number=1)
+    (workspace.checkpoints / ".final_model.999999.partial").mkdir()  # of a process killed while saving
+    from fiqa_helpers.model import tiny_model as make
+
+    saved(make(tiny_tokenizer), tiny_tokenizer, workspace, number=2)
+    assert json.loads((workspace.final_model / "run_card.json").read_text())["number"] == 2
+    (kept,) = (workspace.checkpoints / "earlier").iterdir()
+    assert json.loads((kept / "run_card.json").read_text())["number"] == 1
+    assert not list(workspace.checkpoints.glob(".final_model*"))
+    assert kept.name in capsys.readouterr().out
