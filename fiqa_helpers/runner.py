@@ -122,8 +122,8 @@ def execute(notebook: Path, workspace: Workspace, values: dict, root: Path, labe
                 progress_bar=False,
                 cwd=root,
                 report_cell=report_cell,
-                # ipykernel warns that its ports on this machine carry no encryption: nothing to do about it.
-                extra_arguments=["--IPKernelApp.log_level=40"],
+                # ipykernel's own log: a warning about local ports, a traceback when it is interrupted.
+                extra_arguments=["--IPKernelApp.log_level=50"],
             )
     except PapermillExecutionError as error:
         raise WorkshopError(

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import threading
@@ -228,6 +229,38 @@ def test_relative_workdir_means_the_callers_folder(tmp_path, monkeypatch):
     runner.run_all(profile="laptop", workdir="try")
     runner.run_all(profile="laptop")
     assert [values["workdir"] for values in passed] == [str(tmp_path / "try"), ""]
+
+
+def test_interrupt_is_a_sentence_and_leaves_no_kernel(tmp_path):
+    """Ctrl-C reaches runner and kernel at once: no forty lines, status 130, nothing left computing."""
+    (tmp_path / "notebooks").mkdir()
+    begun = tmp_path / "begun"
+    source = "import os, pathlib, time\n"
+    source += f"_ = pathlib.Path({str(begun)!r}).write_text(str(os.getpid()))\ntime.sleep(600)"
+    write_notebook(tmp_path / "notebooks" / "09_long.ipynb", source)
+    code = (
+        "import pathlib, sys\nfrom fiqa_helpers import __main__, runner\n"
+        f"runner.project_root = lambda: pathlib.Path({str(tmp_path)!r})\n"
+        f"sys.exit(__main__.main(['run', '--profile', 'laptop', '--workdir', {str(tmp_path)!r}]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_until(lambda: begun.exists() and begun.read_text())
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Interrupted. The next run resumes" in error
+    assert "Traceback" not in error
+    kernel = int(begun.read_text())
+    wait_until(lambda: not os.path.exists(f"/proc/{kernel}") if os.path.isdir("/proc/self") else True)
+
+
+def wait_until(happened, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
