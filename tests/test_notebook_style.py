@@ -104,7 +104,7 @@ def test_parameters(path):
     known = papermill.inspect_notebook(str(path))
     assigned = [line for line in tagged[0].source.splitlines() if line.strip()]
     names = [re.match(r"([a-z_]+): (?:int|float|str|bool) = \S.*  # \S", line) for line in assigned]
-    assert all(names), "each line: name: type = literal  # comment"
+    assert all(names), "each line: name: type = literal  # comment (110 characters at most, or ruff wraps it)"
     names = [match[1] for match in names]
     assert names[:3] == COMMON
     assert len(names) <= 12
@@ -247,4 +247,6 @@ def test_what_nbstripout_leaves_is_found(tmp_path):
     nbformat.write(executed, copy)
     assert len(dirt(copy)) == 3
     subprocess.run([sys.executable, "-m", "nbstripout", str(copy)], check=True)
-    assert dirt(copy) == ["notebook metadata papermill", f"{executed.cells[3].id} was put in by papermill"]
+    record, cell = dirt(copy)
+    assert record == "notebook metadata papermill"
+    assert cell.endswith("was put in by papermill")
