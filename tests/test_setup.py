@@ -192,7 +192,7 @@ def test_links_of_the_readme_resolve():
 def clone(tmp_path) -> Path:
     """A copy of the files that make needs, in a folder with a space in its name."""
     folder = tmp_path / "a clone"
-    for name in ("Makefile", "pyproject.toml", "constraints.txt", "scripts"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "scripts", ".ci"):
         source = PROJECT / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
         folder.mkdir(exist_ok=True)
@@ -441,3 +441,44 @@ def test_environment_of_someone_else_is_completed_in_place(clone, tmp_path):
     result = make("env", cwd=clone)
     assert "is unfinished" in result.stderr
     assert (venv / "mine").exists()
+
+
+def run_ci(clone: Path, tmp_path: Path) -> tuple[str, list[str]]:
+    """`.ci/run` with make and apt-get recorded instead of run: (what it said, the calls)."""
+    calls = tmp_path / "calls"
+    calls.unlink(missing_ok=True)
+    record = f'#!/bin/sh\necho "${{0##*/}} $*" >>"{calls}"\n'
+    executable(tmp_path / "tools" / "apt-get", record)
+    executable(tmp_path / "tools" / "make", record + '[ "$1" = test ] || mkdir -p "${2#VENV=}"\n')
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'tools'}:{os.environ['PATH']}",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "PYTHON": REAL,
+    }
+    result = subprocess.run([clone / ".ci" / "run"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, calls.read_text().splitlines()
+
+
+def test_ci_keeps_the_environment_outside_the_checkout(clone, tmp_path):
+    """The same folder for the same dependencies, another for others, a broken one thrown away."""
+    _, calls = run_ci(clone, tmp_path)
+    env, test = [call for call in calls if call.startswith("make")]
+    venv = Path(env.removeprefix("make env VENV="))
+    assert test == f"make test VENV={venv}"
+    assert venv.parent == tmp_path / "cache" / "fiqa-workshop" / "venvs"
+
+    executable(venv / "bin" / "python", "#!/bin/sh\nexit 0\n")
+    (venv / "kept").touch()
+    said, again = run_ci(clone, tmp_path)
+    assert again == calls
+    assert (venv / "kept").exists()
+
+    executable(venv / "bin" / "python", "#!/bin/sh\necho No module named torch >&2\nexit 1\n")
+    said, _ = run_ci(clone, tmp_path)
+    assert "does not work: building it again" in said
+    assert not (venv / "kept").exists()
+
+    with (clone / "constraints.txt").open("a") as file:
+        file.write("unheard-of==1.0\n")
+    assert run_ci(clone, tmp_path)[1] != calls
