@@ -5,6 +5,20 @@ class WorkshopError(Exception):
     """Something a person can put right: the message names the culprit and the remedy."""
 
 
+def shown(value: object, longest: int = 80) -> str:
+    """A value as a sentence quotes it: `repr`, cut to `longest` characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write integers of more than 4,300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def a_type(kind: type) -> str:
+    """The name of a type with its article: a float, an int."""
+    return f"{'an' if kind.__name__[0] in 'aeiou' else 'a'} {kind.__name__}"
+
+
 def install_notebook_handler() -> None:
     """Let IPython show a `WorkshopError` as its sentence alone.
 

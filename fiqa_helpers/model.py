@@ -41,7 +41,9 @@ def load_tokenizer(profile: "Profile") -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     with _load_errors(profile):
-        tokenizer = AutoTokenizer.from_pretrained(model_path(profile), revision=profile.model_revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_path(profile), revision=profile.model_revision, trust_remote_code=False
+        )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         unused = ("<|finetune_right_pad_id|>", "<reponame>", "<pad>", "<unk>", "<|endoftext|>")
         known = tokenizer.get_vocab()
@@ -57,7 +59,12 @@ def load_tokenizer(profile: "Profile") -> "PreTrainedTokenizerBase":
 def load_base(profile: "Profile", attn_implementation: str = "sdpa") -> "PreTrainedModel":
     """The untuned model in `profile.dtype` on `profile.device`, in eval mode, through NeMo AutoModel.
 
-    `force_hf=True` asks for the Hugging Face class, which has `generate` and takes a PEFT adapter.
+    `force_hf=True` asks for the Hugging Face class, which has `generate` and takes a PEFT adapter. Code that
+    comes with a model is refused (left to itself, NeMo AutoModel runs that of any `nvidia/` repository), and
+    so are weights that are not safetensors.
+
+    Raises:
+        WorkshopError: there is no such model, its files are damaged, or the hub cannot be reached.
     """
     import torch
 
@@ -66,10 +73,13 @@ def load_base(profile: "Profile", attn_implementation: str = "sdpa") -> "PreTrai
         return tiny_model(load_tokenizer(profile)).to(profile.device, dtype).eval()
     from nemo_automodel import NeMoAutoModelForCausalLM
 
+    path = model_path(profile)
     with _load_errors(profile), nemo_on_cpu():
+        _require_safetensors(path, profile.model_revision)
         model = NeMoAutoModelForCausalLM.from_pretrained(
-            model_path(profile),
+            path,
             revision=profile.model_revision,
+            trust_remote_code=False,
             dtype=dtype,
             force_hf=True,
             attn_implementation=attn_implementation,
@@ -158,14 +168,36 @@ def tiny_model(tokenizer: "PreTrainedTokenizerBase", seed: int = 0) -> "PreTrain
         return LlamaForCausalLM(config)
 
 
+def _require_safetensors(path: str, revision: str) -> None:
+    """Refuse a model of pickled weights, which NeMo AutoModel would fall back to."""
+    from transformers.utils import cached_file
+
+    if Path(path).is_dir():
+        if not any(Path(path).glob("*.safetensors")):
+            raise WorkshopError(f"{path} has no safetensors file: weights in other formats are not loaded.")
+        return
+    with contextlib.suppress(OSError):  # the index of weights in several files
+        cached_file(path, "model.safetensors.index.json", revision=revision)
+        return
+    cached_file(path, "model.safetensors", revision=revision)
+
+
 @contextlib.contextmanager
 def _load_errors(profile: "Profile") -> Iterator[None]:
     """Turn a failed download or a broken folder into one sentence."""
+    import torch
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WorkshopError(
-            f"Cannot load {profile.model} ({reason}): check the name and the connection to the hub, or set "
-            "model in overrides to a local folder."
-        ) from error
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        if Path(profile.model).expanduser().is_dir():
+            remedy = "check that its files are whole and belong to one causal language model"
+        else:
+            remedy = (
+                "check the name and the connection to the hub, or set model in overrides to a local folder"
+            )
+        raise WorkshopError(f"Cannot load {profile.model} ({reason}): {remedy}.") from error

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.errors import WorkshopError, shown
 from fiqa_helpers.overrides import parse_overrides
 
 NEMOTRON = "nvidia/Llama-3.1-Nemotron-Nano-8B-v1"
@@ -139,7 +139,7 @@ def load_profile(profile: str = "auto", overrides: str = "") -> Profile:
         profile, reason = choose_profile()
         print(f"Profile auto chose {profile}: {reason}.")
     if profile not in PROFILES:
-        raise WorkshopError(f"profile is {profile!r}: choose one of auto, {', '.join(PROFILES)}.")
+        raise WorkshopError(f"profile is {shown(profile)}: choose one of auto, {', '.join(PROFILES)}.")
     kinds = {field.name: field.type for field in fields(Profile) if field.name not in ("name", "title")}
     chosen = replace(PROFILES[profile], **parse_overrides(overrides, kinds))
     if chosen.tokens_per_batch < chosen.max_length:
@@ -160,6 +160,8 @@ def choose_profile() -> tuple[str, str]:
         return "laptop", "no NVIDIA GPU was found"
     if gpu.problem:
         return "laptop", f"{gpu.name} cannot be used: {gpu.problem}"
+    if not gpu.bf16:
+        return "laptop", f"{gpu.name} does not compute in bf16, which the GPU profiles need"
     for name in ("gpu80", "gpu24"):
         if gpu.free_gib >= MEMORY_NEEDED[name]:
             return name, f"{gpu.name} has {gpu.free_gib:.0f} GiB free, {MEMORY_NEEDED[name]} are needed"

@@ -1,0 +1,367 @@
+"""Profiles and overrides: what is impossible is refused in one sentence that names it and the remedy."""
+
+import json
+from dataclasses import asdict, fields, replace
+from typing import get_type_hints
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fiqa_helpers import machine
+from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.overrides import CHOICES, RANGES
+from fiqa_helpers.profiles import (
+    NEMOTRON,
+    PROFILES,
+    REFERENCE,
+    Profile,
+    choose_profile,
+    differences,
+    load_profile,
+)
+
+SETTINGS = [field.name for field in fields(Profile) if field.name not in ("name", "title")]
+
+
+def card(**changes) -> machine.Gpu:
+    values = {"name": "NVIDIA Test", "total_gib": 79.0, "free_gib": 78.0, "driver": "580", "bf16": True}
+    return machine.Gpu(**values | changes)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(machine, "gpu", lambda: None)
+
+
+# --- profiles
+
+
+def test_the_reference_run_is_the_recipe_in_numbers():
+    """A constant of the reference recipe changed by accident: nothing could be compared with it any more."""
+    assert (REFERENCE.lora_rank, REFERENCE.lora_alpha, REFERENCE.lora_dropout) == (8, 32, 0.05)
+    assert REFERENCE.lora_targets == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert (REFERENCE.learning_rate, REFERENCE.warmup_ratio, REFERENCE.epochs) == (2e-4, 0.1, 3)
+    assert (REFERENCE.batch_size, REFERENCE.max_length, REFERENCE.prompt) == (16, 2048, "plain")
+    assert (REFERENCE.model, REFERENCE.dtype) == ("nvidia/Llama-3.1-Nemotron-Nano-8B-v1", "bfloat16")
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_passes_its_own_checks(name):
+    """A profile whose values its own overrides would refuse."""
+    profile = PROFILES[name]
+    assert profile.name == name
+    for setting, allowed in CHOICES.items():
+        assert getattr(profile, setting) in allowed
+    for setting, (low, high) in RANGES.items():
+        assert low <= getattr(profile, setting) <= high
+    assert profile.tokens_per_batch >= profile.max_length
+    for setting, kind in get_type_hints(Profile).items():
+        assert isinstance(getattr(profile, setting), tuple if setting == "lora_targets" else kind)
+    assert set(RANGES) | set(CHOICES) <= set(SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["gpu24", "gpu80"])
+def test_gpu_profiles_keep_the_reference_recipe(name):
+    """A GPU run of another recipe, called the reference run."""
+    allowed = {"layout", "gradient_checkpointing"}
+    assert {row["setting"] for row in differences(PROFILES[name])} <= allowed
+    assert PROFILES[name].layout == "packed"
+
+
+@pytest.mark.parametrize("name", ["laptop", "tiny"])
+def test_profiles_for_a_cpu_run_on_this_machine(name, capsys):
+    """The profile that everybody starts with refused on the machine that it is made for."""
+    assert load_profile(name) == PROFILES[name]
+    assert capsys.readouterr().out == ""  # only auto has something to explain
+
+
+def test_differences_name_each_setting_and_no_other():
+    """A table beside the reference run that leaves a difference out, or shows what is no setting."""
+    rows = differences(replace(REFERENCE, name="mine", title="x", seed=7, max_steps=3))
+    assert rows == [
+        {"setting": "max_steps", "reference": -1, "here": 3},
+        {"setting": "seed", "reference": 42, "here": 7},
+    ]
+    assert differences(REFERENCE) == []
+    laptop = {row["setting"]: (row["reference"], row["here"]) for row in differences(PROFILES["laptop"])}
+    assert laptop["model"] == (NEMOTRON, "packaged") and laptop["learning_rate"] == (2e-4, 2e-3)
+    for setting in set(SETTINGS) - set(laptop) - {"model_revision"}:
+        assert getattr(REFERENCE, setting) == getattr(PROFILES["laptop"], setting)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_banner_names_profile_model_precision_device_and_data(name):
+    """A laptop's figure taken for one of the 8B model."""
+    banner = PROFILES[name].banner()
+    model = {"packaged": "SmolLM2-135M", "random": "random weights"}.get(PROFILES[name].model, NEMOTRON)
+    for part in (name, model, PROFILES[name].dtype, PROFILES[name].device, "FiQA"):
+        assert part in banner
+    assert "\n" not in banner
+
+
+# --- the machine
+
+
+def test_auto_on_this_machine_is_possible_and_explained(capsys):
+    """auto choosing what load_profile then refuses, or choosing without a word."""
+    profile = load_profile("auto")
+    printed = capsys.readouterr().out
+    assert profile.name in PROFILES and printed.startswith(f"Profile auto chose {profile.name}: ")
+    assert load_profile(profile.name) == profile
+    if machine.gpu() is None:
+        assert profile.name == "laptop" and "no NVIDIA GPU was found" in printed
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name", "reason"),
+    [
+        (None, "laptop", "no NVIDIA GPU was found"),
+        (card(), "gpu80", "78 GiB free"),
+        (card(free_gib=23.2), "gpu24", "23 GiB free"),
+        (card(free_gib=20.9), "laptop", "21 are needed for gpu24"),
+        (card(free_gib=7.0), "laptop", "7 GiB free, 21 are needed"),
+        (card(problem="its driver 470 is too old for torch: update it."), "laptop", "driver 470 is too old"),
+    ],
+)
+def test_auto_takes_the_largest_that_fits_and_says_why(monkeypatch, gpu, name, reason):
+    """A GPU silently passed over, or a profile that runs out of memory in its first step."""
+    monkeypatch.setattr(machine, "gpu", lambda: gpu)
+    chosen, why = choose_profile()
+    assert chosen == name and reason in why
+
+
+def test_auto_on_a_card_without_bf16_is_not_refused_afterwards(monkeypatch):
+    """auto choosing a bf16 profile on an old card, which load_profile then refuses: a dead end."""
+    monkeypatch.setattr(machine, "gpu", lambda: card(name="Tesla V100", free_gib=31.0, bf16=False))
+    assert choose_profile()[0] == "laptop" and "bf16" in choose_profile()[1]
+    assert load_profile("auto").name == "laptop"
+
+
+@pytest.mark.parametrize("name", ["gpu24", "gpu80"])
+@pytest.mark.parametrize(
+    ("gpu", "sentence"),
+    [
+        (None, "needs an NVIDIA GPU and none was found: use profile laptop"),
+        (
+            card(problem="its driver 470 is too old: update the NVIDIA driver."),
+            "driver 470 is too old: update",
+        ),
+        (card(bf16=False), "does not compute in bf16: use a GPU of the Ampere generation or newer"),
+        (card(free_gib=12.0), "has 12 GiB free and profile .* needs .*: close what else uses the card"),
+    ],
+)
+def test_a_gpu_profile_that_cannot_run_is_refused(monkeypatch, name, gpu, sentence):
+    """A silent fall-back to the CPU: an 8B model on two cores, and hours until someone notices."""
+    monkeypatch.setattr(machine, "gpu", lambda: gpu)
+    with pytest.raises(WorkshopError, match=sentence):
+        load_profile(name)
+
+
+def test_a_gpu_profile_runs_where_it_fits(monkeypatch):
+    """A smaller model of one's own needs less than the 8B one: its memory is not our guess to make."""
+    monkeypatch.setattr(machine, "gpu", lambda: card(free_gib=12.0))
+    assert load_profile("gpu24", "{model: packaged}").model == "packaged"
+    monkeypatch.setattr(machine, "gpu", lambda: card())
+    assert load_profile("gpu80") == PROFILES["gpu80"]
+    assert load_profile("laptop", "{device: cuda, dtype: bfloat16}").device == "cuda"
+
+
+@pytest.mark.parametrize("overrides", ["{device: cuda}", "{device: cuda, layout: packed}"])
+def test_a_device_that_is_not_there_is_refused_in_any_profile(no_gpu, overrides):
+    """The check of the profile passed by an override."""
+    with pytest.raises(WorkshopError, match="needs an NVIDIA GPU and none was found"):
+        load_profile("laptop", overrides)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "Laptop", "gpu40", "reference", "gpu80 ", "laptop\n", "../laptop", "nul\0"]
+)
+def test_an_unknown_profile_is_named_with_the_known_ones(name):
+    """KeyError: 'gpu40'."""
+    with pytest.raises(WorkshopError, match="choose one of auto, laptop, gpu24, gpu80, tiny") as caught:
+        load_profile(name)
+    assert repr(name) in str(caught.value)
+
+
+# --- overrides
+
+
+def test_overrides_replace_values_in_their_types():
+    """1e-4 is text in YAML 1.1, and an integer where a float belongs breaks a comparison later."""
+    text = "{max_steps: 20, learning_rate: 1e-4, lora_targets: [q_proj, v_proj], epochs: 2, warmup_ratio: 0}"
+    profile = load_profile("laptop", text)
+    assert profile == replace(
+        PROFILES["laptop"],
+        max_steps=20, learning_rate=1e-4, lora_targets=("q_proj", "v_proj"), epochs=2, warmup_ratio=0.0,
+    )  # fmt: skip
+    assert type(profile.warmup_ratio) is float and type(profile.learning_rate) is float
+    assert load_profile("laptop", "max_steps: 20\nseed: 3\n").seed == 3  # block style too
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n", "{}", "# a comment", "~", "null"])
+def test_nothing_to_override(text):
+    """An empty parameter that is an error, or a profile that is not itself."""
+    assert load_profile("laptop", text) == PROFILES["laptop"]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_setting_can_be_overridden_with_its_own_value(setting, monkeypatch):
+    """A setting that overrides can't name, or whose value does not survive YAML."""
+    monkeypatch.setattr(machine, "gpu", lambda: card())
+    for name in ("laptop", "gpu24"):
+        value = asdict(PROFILES[name])[setting]
+        assert load_profile(name, json.dumps({setting: value})) == PROFILES[name]
+
+
+WRONG_TYPES = {
+    "text": "twenty", "list": [1], "mapping": {"a": 1}, "nothing": None, "true": True, "date": "2026-01-01",
+}  # fmt: skip
+
+
+RIGHT = [(setting, "text") for setting in ("model", "model_revision", "data")]
+RIGHT += [(setting, "date") for setting in ("model", "model_revision", "data")]
+RIGHT += [("gradient_checkpointing", "true")]
+
+
+@pytest.mark.parametrize(
+    ("setting", "wrong"), [(s, w) for s in SETTINGS for w in WRONG_TYPES if (s, w) not in RIGHT]
+)
+def test_every_setting_refuses_every_wrong_type(setting, wrong):
+    """A string in place of a number is found by torch, in the middle of a run, if at all."""
+    value = WRONG_TYPES[wrong]
+    with pytest.raises(WorkshopError, match=rf"^{setting} (is|names) ") as caught:
+        load_profile("laptop", json.dumps({setting: value}))
+    assert ": " in str(caught.value) and len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("setting", RANGES)
+def test_every_number_refuses_what_is_out_of_its_range(setting):
+    """A rank of -8 or 10,000 epochs, found by a library far from the parameter that caused it."""
+    low, high = RANGES[setting]
+    for value in (low - 1, high + 1):
+        with pytest.raises(WorkshopError, match=rf"^{setting} is .* between {low} and {high}"):
+            load_profile("laptop", json.dumps({setting: value}))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{max_step: 20}", "'max_step', which no profile has: did you mean max_steps"),
+        ("{MAX_STEPS: 20}", "'MAX_STEPS', which no profile has: did you mean max_steps"),
+        ("{lerning_rate: 1e-4}", "did you mean learning_rate"),
+        ("{zzz: 1}", "'zzz', which no profile has: known are model"),
+        ("{name: mine}", "'name', which no profile has"),
+        ("{title: mine}", "'title', which no profile has"),
+        ("{1: 2}", "names 1, which no profile has"),
+        ("{true: 2}", "names True, which no profile has"),
+        ("{null: 2}", "names None, which no profile has"),
+        ("{max_steps: 0}", "max_steps is 0: use a positive number, or -1 for all"),
+        ("{train_rows: 0}", "train_rows is 0"),
+        ("{learning_rate: 0}", "learning_rate is 0: nothing would be learned"),
+        ("{learning_rate: .nan}", "learning_rate is nan"),
+        ("{learning_rate: .inf}", "learning_rate is inf"),
+        ("{learning_rate: nan}", "learning_rate is nan"),
+        ("{learning_rate: -1e-4}", "learning_rate is -0.0001"),
+        ("{learning_rate: 1e-4e}", "learning_rate is '1e-4e', a str: it must be a float"),
+        ("{max_steps: 1e3}", "max_steps is '1e3', a str: it must be an int"),
+        ("{max_steps: 20.0}", "max_steps is 20.0, a float: it must be an int"),
+        ("{max_steps: 20.5}", "max_steps is 20.5, a float"),
+        ("{max_steps: yes}", "max_steps is True, a bool"),
+        ("{gradient_checkpointing: 'yes'}", "gradient_checkpointing is 'yes', a str: it must be a bool"),
+        ("{gradient_checkpointing: 1}", "gradient_checkpointing is 1, an int: it must be a bool"),
+        ("{prompt: Chat}", "prompt is 'Chat': choose one of plain, chat"),
+        ("{dtype: float16}", "dtype is 'float16': choose one of float32, bfloat16"),
+        ("{device: gpu}", "device is 'gpu': choose one of cpu, cuda"),
+        ("{layout: pack}", "layout is 'pack': choose one of padded, packed"),
+        ("{model: ''}", "model is empty: leave it out"),
+        ('{model: "a\\0b"}', "model is 'a.x00b': it holds characters that cannot be printed"),
+        ('{data: "a\\eb"}', "data is 'a.x1bb': it holds characters that cannot be printed"),
+        ("{lora_targets: []}", "lora_targets is \\[\\]: write a list such as"),
+        ("{lora_targets: [q_proj, 3]}", "lora_targets is \\['q_proj', 3\\]"),
+        ("{lora_targets: [[q_proj]]}", "lora_targets is"),
+        ("{lora_targets: [qproj]}", "lora_targets names 'qproj': known are q_proj, k_proj"),
+        ("{max_length: 512, tokens_per_batch: 256}", "is 256, less than one row of max_length 512: raise"),
+        ("{max_length: 2048}", "raise tokens_per_batch or lower max_length"),
+        ("{seed: 1, seed: 2}", "overrides gives seed twice: keep one"),
+        ("seed: 1\nseed: 1", "overrides gives seed twice"),
+        ("max_steps=20", "write a YAML mapping such as {max_steps: 20}"),
+        ("20", "write a YAML mapping"),
+        ("[max_steps, 20]", "write a YAML mapping"),
+        ("{max_steps: 20", "write a YAML mapping"),
+        ("{max_steps: 20}}", "write a YAML mapping"),
+        ("{a: 1}\n---\n{b: 2}", "write a YAML mapping"),
+        ("max_steps: 20\n\tseed: 1", "write a YAML mapping"),
+        ("a\0b", "write a YAML mapping"),
+        ("\ud800", "write a YAML mapping"),
+        ("{[a]: 1}", "write a YAML mapping"),
+        ("{seed: 2020-99-99}", "write a YAML mapping"),
+        ("!!python/object/apply:os.system ['true']", "write a YAML mapping"),
+        ("{seed: !!python/object/apply:os.system ['true']}", "write a YAML mapping"),
+        ("{seed: " + "9" * 400 + "}", "seed is 9999.* between 0 and 4294967295"),
+        ("{seed: " + "9" * 5000 + "}", "write a YAML mapping"),
+        ("{seed: 0x" + "f" * 5000 + "}", "seed is .* between 0 and"),
+        ("{learning_rate: 0x" + "f" * 5000 + "}", "learning_rate is .* between 0.0 and 1.0"),
+        ("{learning_rate: " + "9" * 400 + "}", "learning_rate is .* between"),
+        ("[" * 5000, "write a YAML mapping"),
+        ("x" * 10_000_000, "write a YAML mapping"),
+        ("{model: " + "x" * 5_000 + ", seed: -1}", "seed is -1"),
+        ("{" + "x" * 900 + ": 1}", "which no profile has"),
+        ("&a {seed: *a}", "seed is"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_an_override(text, sentence):
+    """A traceback of YAML, a value taken for another, a message of ten megabytes, code that is run."""
+    with pytest.raises(WorkshopError, match=sentence) as caught:
+        load_profile("laptop", text)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 700
+    assert message.isprintable()
+
+
+@given(text=st.text(max_size=60))
+@example("{seed: !!int x}")
+@example("{? {a: b} : 1}")
+@example("!!timestamp [1]")
+@example("{seed: !!binary '*'}")
+@example("{<<: 3}")
+@example("{<<: {seed: 1}}")
+@example("{seed: 1_0}")
+@example("{seed: ._}")
+def test_any_text_is_a_profile_or_a_sentence(text):
+    """An exception of the YAML library that nobody thought of."""
+    try:
+        assert isinstance(load_profile("laptop", text), Profile)
+    except WorkshopError as error:
+        assert len(str(error)) < 700
+
+
+yaml_scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+yaml_values = st.recursive(
+    yaml_scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=4), v)
+)
+
+
+@given(values=st.dictionaries(st.sampled_from(SETTINGS), yaml_values, min_size=1, max_size=3))
+def test_any_value_is_checked(values, no_gpu_ever):
+    """A value that passes the checks and is not of the setting's type."""
+    import yaml
+
+    try:
+        profile = load_profile("laptop", yaml.safe_dump(values))
+    except WorkshopError as error:
+        assert len(str(error)) < 700 and "\n" not in str(error)
+        return
+    kinds = get_type_hints(Profile)
+    for setting in values:
+        value = getattr(profile, setting)
+        assert type(value) is (tuple if setting == "lora_targets" else kinds[setting])
+        if setting in RANGES:
+            assert RANGES[setting][0] <= value <= RANGES[setting][1]
+
+
+@pytest.fixture(scope="module")
+def no_gpu_ever():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "gpu", lambda: None)
+        yield
