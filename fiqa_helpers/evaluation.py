@@ -21,12 +21,16 @@ from fiqa_helpers.eval_progress import EVERY, EvalProgress
 from fiqa_helpers.runcard import read_card, write_json
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from fiqa_helpers.paths import Workspace
+    from fiqa_helpers.profiles import Profile
     from fiqa_helpers.similarity import Similarity
     from fiqa_helpers.solvers import EndpointSolver, ModelSolver
 
 ANSWERS_LOG = "inference_log.jsonl"  # the SDK's names
 SCORES_LOG = "verified_log.jsonl"
+LAPTOP_ROWS = 12  # answered by both models in about a minute on two CPU cores
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,28 @@ class Evaluated:
     samples: list[dict]  # one a row: answer, tokens, and every metric by name
     reused: int  # answers that an earlier run had left
     definition: dict  # what the folder's name is the hash of
+    sdk: dict  # the SDK's own summary: its headline reward is the primary metric
 
     def values(self, metric: str) -> list[float]:
         """The metric of every row, in order."""
         return [sample[metric] for sample in self.samples]
+
+    def add(self, metric: str, values: Sequence[float]) -> None:
+        """Give every row one more metric, in order."""
+        for sample, value in zip(self.samples, values, strict=True):
+            sample[metric] = value
+
+
+def choose_rows(test: "Dataset", rows: int, profile: "Profile") -> list[dict]:
+    """The first `rows` of the test split; 0 takes all of them on a GPU and LAPTOP_ROWS on a CPU.
+
+    Raises:
+        WorkshopError: `rows` is 1 or negative.
+    """
+    if rows == 1 or rows < 0:
+        raise WorkshopError(f"rows is {rows}: take at least 2, or 0 for what this machine has time for.")
+    count = rows or (LAPTOP_ROWS if profile.device == "cpu" else len(test))
+    return list(test.select(range(min(count, len(test)))))
 
 
 def evaluate(
@@ -92,7 +114,9 @@ def evaluate(
     scored = {result["problem_idx"]: result for result in bundle["_results"]}
     answered = read_log(folder / ANSWERS_LOG)
     samples = [_sample(i, row, answered.get(i), scored[i], label) for i, row in enumerate(rows)]
-    return Evaluated(label, folder, samples, reused, definition)
+    scores = bundle["benchmark"]["scores"]
+    sdk = {name: scores[name] for name in ("mean_reward", "summary") if name in scores}
+    return Evaluated(label, folder, samples, reused, definition, sdk)
 
 
 def open_folder(
@@ -117,27 +141,33 @@ def open_folder(
 def prepare_logs(folder: Path) -> dict[int, dict]:
     """Make the SDK's logs fit to go on with, and return the answers that they hold.
 
-    A kill can leave half a line, to which the SDK would glue the next record; and scores of an older
-    definition of the metrics are dropped, so that kept answers are scored anew.
+    A kill can leave half a line, to which the SDK would glue the next record. Scores are dropped, so that
+    kept answers are scored anew, when the metrics were defined otherwise or when a scored answer is missing.
     """
     for name in (ANSWERS_LOG, SCORES_LOG):
         path = folder / name
         if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
             with path.open("r+b") as file:
                 file.truncate(content.rfind(b"\n") + 1)
+    answers, scores = read_log(folder / ANSWERS_LOG), read_log(folder / SCORES_LOG)
     marker = folder / "metrics.json"
-    if read_card(marker) != {"version": metrics.VERSION}:
+    if read_card(marker) != {"version": metrics.VERSION} or not set(scores) <= set(answers):
         (folder / SCORES_LOG).unlink(missing_ok=True)
         write_json(marker, {"version": metrics.VERSION})
-    return read_log(folder / ANSWERS_LOG)
+    return answers
 
 
 def read_log(path: Path) -> dict[int, dict]:
-    """Records of one of the SDK's logs by row number; {} when there is none."""
-    if not path.exists():
-        return {}
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return {record["problem_idx"]: record for record in records if "problem_idx" in record}
+    """Records of one of the SDK's logs by row number, damaged lines left out; {} when there is none."""
+    records = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if "problem_idx" in record:
+            records[record["problem_idx"]] = record
+    return records
 
 
 def _sample(index: int, row: dict, answered: dict | None, scored: dict, label: str) -> dict:

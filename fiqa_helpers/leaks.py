@@ -1,9 +1,10 @@
 """No marks for answers that were in the lesson: an adapter is not tested on rows that it was trained on."""
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fiqa_helpers.data import fingerprint, load_with_report, normalized, read_processed
+from fiqa_helpers.data import fingerprint, load_with_report, read_processed
 from fiqa_helpers.errors import WorkshopError
 
 if TYPE_CHECKING:
@@ -57,3 +58,8 @@ def training_questions(card: dict, workspace: "Workspace") -> set[str] | None:
         if all(fingerprint(splits[split]) == digest for split, digest in wanted.items()):
             return {normalized(question) for split in wanted for question in splits[split]["question"]}
     return None
+
+
+def normalized(question: str) -> str:
+    """Two questions are the same when these are: case, punctuation and spaces don't count."""
+    return " ".join(re.findall(r"\w+", question.casefold())) or question

@@ -95,13 +95,14 @@ class ModelSolver:
             batch, self._waiting = self._waiting[: self.batch_size], self._waiting[self.batch_size :]
             try:
                 answers = self._generate([question for question, _ in batch])
+                pairs = list(zip(batch, answers, strict=True))
             except BaseException as error:  # hand it to everyone who waits: the SDK decides what to do
                 for _, future in batch + self._waiting:
                     if not future.done():
                         future.set_exception(error)
                 self._waiting = []
                 return
-            for (_, future), answer in zip(batch, answers, strict=True):
+            for (_, future), answer in pairs:
                 if not future.done():
                     future.set_result(answer)
             await asyncio.sleep(0)

@@ -1,0 +1,180 @@
+"""Metrics, floors and intervals, on real rows and with the real MiniLM."""
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fiqa_helpers import metrics
+from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.intervals import compare
+
+
+@pytest.fixture(scope="module")
+def similarity():
+    from fiqa_helpers.similarity import Similarity
+
+    return Similarity()
+
+
+def test_the_reference_scores_one(similarity, fiqa_rows):
+    """A perfect answer that is not scored as perfect would make every other figure suspect."""
+    row = fiqa_rows[0]
+    scores = metrics.score(row["ground_truths"][0], row["ground_truths"], similarity)
+    for name in ("similarity", "similarity_cut", "token_f1", "rouge_l", "length_ratio"):
+        assert scores[name] == pytest.approx(1, abs=1e-5), name
+
+
+def test_an_empty_answer_scores_zero(similarity, fiqa_rows):
+    """MiniLM gives the empty text a vector too; without care silence would be similar to something."""
+    scores = metrics.score("  \n", fiqa_rows[0]["ground_truths"], similarity)
+    assert set(scores.values()) == {0.0}
+
+
+def test_the_best_reference_counts(similarity):
+    """With several references an answer that is one of them must not be averaged with the others."""
+    references = ["Sell the bonds before the rates rise.", "Pay your credit card in full every month."]
+    for reference in references:
+        scores = metrics.score(reference, references, similarity)
+        assert scores["similarity"] == pytest.approx(1, abs=1e-5)
+        assert scores["token_f1"] == 1 and scores["length_ratio"] == 1
+
+
+def test_token_f1_by_hand(similarity):
+    """Another definition of F1 (sets, stemming, articles) would not be comparable with what is documented."""
+    scores = metrics.score("the cat sat", ["The cat, the dog!"], similarity)
+    assert scores["token_f1"] == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
+    assert scores["rouge_l"] == pytest.approx(4 / 7)  # "the cat" in order
+
+
+def test_rouge_l_sees_order(similarity):
+    """Word overlap that ignores order is token F1; ROUGE-L must differ when the order does."""
+    scores = metrics.score("d c b a", ["a b c d"], similarity)
+    assert scores["token_f1"] == 1 and scores["rouge_l"] == pytest.approx(1 / 4)
+
+
+def test_the_end_of_a_long_answer_counts(similarity, fiqa_rows):
+    """Cut at 256 word pieces, two answers that differ only in their endings would score the same."""
+    longest = max((row["ground_truths"][0] for row in fiqa_rows), key=len)
+    beginning = " ".join(longest.split()[:250])
+    about_pets = "Cats sleep all day and purr when somebody strokes their soft fur. " * 25
+    about_loans = "Fixed rate mortgages protect the borrower when the bank raises its rates. " * 25
+    reference = [f"{beginning} {about_loans}"]
+    right, wrong = f"{beginning} {about_loans}", f"{beginning} {about_pets}"
+    assert similarity.best(right, reference, cut=True)[0] == similarity.best(wrong, reference, cut=True)[0]
+    assert similarity.best(right, reference)[0] - similarity.best(wrong, reference)[0] > 0.1
+
+
+def test_chunks_fit_the_window_and_lose_nothing(similarity, fiqa_rows):
+    """A chunk beyond the window is cut again in silence; one that ends inside a word makes another word."""
+    for row in sorted(fiqa_rows, key=lambda row: -len(row["ground_truths"][0]))[:20]:
+        text = row["ground_truths"][0]
+        chunks = similarity.chunks(text)
+        count = len(similarity.model.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
+        assert sum(length for _, length in chunks) == count
+        assert all(length <= 254 for _, length in chunks)
+        assert "".join("".join(piece.split()) for piece, _ in chunks) == "".join(text.split())
+        again = [
+            len(similarity.model.tokenizer(piece, add_special_tokens=False, truncation=False)["input_ids"])
+            for piece, _ in chunks
+        ]
+        assert again == [length for _, length in chunks]
+
+
+def test_a_short_text_is_embedded_as_the_model_does(similarity):
+    """For what fits the window, chunked and cut similarity must be one and the same number."""
+    text, reference = "Put it into an index fund.", ["A savings account pays little interest."]
+    assert similarity.best(text, reference)[0] == pytest.approx(
+        similarity.best(text, reference, cut=True)[0], abs=1e-6
+    )
+
+
+def test_repetition_by_hand():
+    """A loop must come near 1, ordinary prose at 0, and a text of three words must not divide by zero."""
+    assert metrics.repeated("a b c d " * 50) > 0.9
+    assert metrics.repeated("one two three four five six seven") == 0
+    assert metrics.repeated("only three words") == metrics.repeated("") == 0
+    assert metrics.repeated("a b c d a b c d") == pytest.approx(1 / 5)
+
+
+@given(st.integers(2, 60), st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_nobody_gets_their_own_answer(n, seed):
+    """A row that keeps its own reference would lift the floor, unnoticed, by one over n."""
+    order = metrics.derangement(n, seed)
+    assert sorted(order) == list(range(n))
+    assert all(order[i] != i for i in range(n))
+    assert order == metrics.derangement(n, seed)
+
+
+def test_floors_are_of_the_same_rows(fiqa_rows):
+    """Floors of other rows than the ones under test are no floors: their level differs from row to row."""
+    rows = fiqa_rows[40:60]
+    found = metrics.floors(rows, seed=3)
+    assert found["echo the question"] == [row["question"] for row in rows]
+    references = [row["ground_truths"][0] for row in rows]
+    assert sorted(found["another row's answer"]) == sorted(references)
+    assert all(a != b for a, b in zip(found["another row's answer"], references, strict=True))
+    assert {len(answers) for answers in found.values()} == {len(rows)}
+
+
+def test_one_row_has_no_floor(fiqa_rows):
+    """Looking for another row's answer among one row would never end."""
+    with pytest.raises(WorkshopError, match="at least 2"):
+        metrics.floors(fiqa_rows[:1])
+
+
+def test_a_real_gain_is_seen_and_pairing_is_why():
+    """Unpaired, the spread between questions hides a small gain that every row shows."""
+    generator = random.Random(0)
+    base = [generator.uniform(0, 1) for _ in range(40)]
+    tuned = [value + 0.03 + generator.gauss(0, 0.01) for value in base]
+    found = compare("similarity", base, tuned)
+    assert found.verdict == "better" and 0.02 < found.low < 0.03 < found.high < 0.04
+    generator.shuffle(tuned)  # the same values in other pairs
+    assert compare("similarity", base, tuned).verdict == "no difference"
+
+
+def test_less_is_better_for_a_loss():
+    """Read with the wrong sign, a lower NLL would be reported as worse, and its wins as losses."""
+    base, tuned = [3.0, 3.2, 2.9, 3.5, 3.1], [2.8, 3.1, 2.7, 3.2, 2.9]
+    found = compare("nll", base, tuned)
+    assert found.verdict == "better" and found.difference < 0 and found.win_rate == 1
+    assert compare("nll", tuned, base).verdict == "worse"
+    assert compare("length_ratio", base, tuned).verdict == "changed"
+
+
+def test_equal_answers_are_no_difference():
+    """The bootstrap of a constant is undefined in scipy (NaN with a warning): it must be said in words."""
+    found = compare("similarity", [0.1, 0.5, 0.9], [0.1, 0.5, 0.9])
+    assert (found.low, found.high, found.win_rate) == (0, 0, 0.5)
+    assert found.verdict == "no difference" and "no difference is shown" in found.in_words()
+
+
+def test_one_row_has_no_interval():
+    """One difference, however large, must not come out as a finding."""
+    found = compare("similarity", [0.1], [0.9])
+    assert math.isnan(found.low) and found.verdict == "no difference"
+
+
+def test_the_interval_covers_as_often_as_it_says():
+    """An interval with a wrong percentile or a wrong axis still looks plausible; its coverage does not."""
+    generator = random.Random(1)
+    covered = 0
+    for seed in range(100):
+        base = [generator.uniform(0, 1) for _ in range(60)]
+        tuned = [value + generator.gauss(0.05, 0.2) for value in base]
+        found = compare("similarity", base, tuned, seed)
+        covered += found.low <= 0.05 <= found.high
+    assert 0.87 <= covered / 100 <= 0.99
+
+
+def test_more_rows_narrow_the_interval_by_the_root():
+    """`needed_rows` is what a reader plans the next run with."""
+    generator = random.Random(2)
+    base = [0.0] * 400
+    tuned = [generator.gauss(0, 0.2) for _ in range(400)]
+    few, many = compare("similarity", base[:100], tuned[:100]), compare("similarity", base, tuned)
+    assert few.needed_rows((many.high - many.low) / 2) == pytest.approx(400, rel=0.35)
