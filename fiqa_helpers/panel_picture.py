@@ -12,8 +12,11 @@ from fiqa_helpers.panel_chart import BLUE, ORANGE, smooth
 from fiqa_helpers.panel_view import View
 
 INK, SOFT, LINE = "#1f2328", "#59636e", "#d0d7de"
-DPI = 130
-COLOURS = 128  # of the PNG's palette: lines and text need no more, and the file is half the size
+SHARPNESS = (
+    (130, 128),
+    (100, 48),
+)  # dots per inch and colours of the palette: the first that is small enough
+LIMIT = 70_000  # bytes; a notebook stores 4/3 of it
 
 
 def draw_png(view: View, headline: str) -> bytes:
@@ -23,7 +26,7 @@ def draw_png(view: View, headline: str) -> bytes:
     rows = len(view.questions) if view.untuned or view.latest else 0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a sign that the font lacks is drawn as a box
-        figure = Figure(figsize=(9.2, 3.3 + 1.02 * rows), dpi=DPI, facecolor="white", layout="constrained")
+        figure = Figure(figsize=(9.2, 3.3 + 1.02 * rows), facecolor="white", layout="constrained")
         figure.suptitle(
             headline, x=0.012, ha="left", fontsize=11, fontweight="bold", color=INK, parse_math=False
         )
@@ -31,8 +34,12 @@ def draw_png(view: View, headline: str) -> bytes:
         _charts(upper, view)
         if rows:
             _samples(lower, view)
-        figure.savefig(file := io.BytesIO(), format="png")
-    return _shrink(file)
+        for dots, colours in SHARPNESS:
+            figure.savefig(file := io.BytesIO(), format="png", dpi=dots)
+            png = _shrink(file, colours)
+            if len(png) <= LIMIT:
+                break
+    return png
 
 
 def _charts(figure, view: View) -> None:
@@ -89,11 +96,12 @@ def _text(axes, x: float, row: int, text: str, width: int, weight: str = "normal
               linespacing=1.25, parse_math=False)  # fmt: skip
 
 
-def _shrink(file: io.BytesIO) -> bytes:
+def _shrink(file: io.BytesIO, colours: int) -> bytes:
     from PIL import Image
 
     small = io.BytesIO()
-    Image.open(file).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(
-        small, "PNG", optimize=True
-    )
+    image = Image.open(file).convert("RGB")
+    # MAXCOVERAGE keeps colours of few pixels, such as a marker's, apart
+    image = image.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    image.save(small, "PNG", optimize=True)
     return small.getvalue()
