@@ -482,3 +482,12 @@ def test_ci_keeps_the_environment_outside_the_checkout(clone, tmp_path):
     with (clone / "constraints.txt").open("a") as file:
         file.write("unheard-of==1.0\n")
     assert run_ci(clone, tmp_path)[1] != calls
+
+
+def test_readme_states_the_laptop_run_as_it_is():
+    """A profile that changes leaves its old figures in the README."""
+    from fiqa_helpers.profiles import PROFILES
+
+    laptop = PROFILES["laptop"]
+    stated = f"{laptop.max_steps} steps of {laptop.batch_size} rows, cut at {laptop.max_length} tokens"
+    assert stated in (PROJECT / "README.md").read_text(encoding="utf-8")
