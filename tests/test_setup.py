@@ -119,10 +119,12 @@ def test_environment_file_installs_with_pip(tmp_path):
     """pip resolves the file's pip section on this Python (conda hands it to pip just so)."""
     content = yaml.safe_load((PROJECT / "environment.yml").read_text(encoding="utf-8"))
     pip = next(part["pip"] for part in content["dependencies"] if isinstance(part, dict))
-    requirements = tmp_path / "requirements.txt"
-    requirements.write_text("\n".join(pip).replace("-c ", f"-c {PROJECT}/") + "\n")
-    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "-r", str(requirements)]
-    subprocess.run(command, cwd=PROJECT, check=True)
+    for name in ("pyproject.toml", "constraints.txt", "README.md"):
+        shutil.copy(PROJECT / name, tmp_path / name)
+    shutil.copytree(PROJECT / "fiqa_helpers", tmp_path / "fiqa_helpers")
+    (tmp_path / "requirements.txt").write_text("\n".join(pip) + "\n")
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "-r", "requirements.txt"]
+    subprocess.run(command, cwd=tmp_path, check=True)
 
 
 def test_package_holds_its_data(tmp_path):
