@@ -1,5 +1,6 @@
 """The first and the last call of every notebook: parameters checked, noise quieted, run card written."""
 
+import difflib
 import logging
 import os
 import re
@@ -8,10 +9,11 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fiqa_helpers.errors import WorkshopError, install_notebook_handler
+from fiqa_helpers.errors import WorkshopError, a_type, install_notebook_handler, shown
 from fiqa_helpers.paths import Workspace
 from fiqa_helpers.profiles import Profile, load_profile
 from fiqa_helpers.runcard import read_card, write_card
+from fiqa_helpers.storage import disk_errors
 
 NOTEBOOKS = {
     "00": "00_start_here",
@@ -24,18 +26,30 @@ NOTEBOOKS = {
     "07": "07_scale_out",
 }
 
+RANGES = {  # of the notebooks' own parameters; those of a profile are in overrides.py
+    "example": (-1, 100_000_000),
+    "rows_per_batch": (1, 4096),
+    "n_questions": (1, 100),
+    "first_row": (0, 100_000_000),
+    "temperature": (0.0, 10.0),
+    "sampling_seed": (0, 2**32 - 1),
+    "rows": (0, 100_000_000),
+    "no_repeat_ngram_size": (0, 1000),
+}
+
 
 def start(namespace: dict, number: str) -> "Run":
     """Begin notebook `number` ("04"): call it once, with `globals()`, right after the parameters cell.
 
     Raises:
-        WorkshopError: a parameter of the wrong type or with a misspelt name, or an impossible profile.
+        WorkshopError: a parameter of the wrong type, out of range or misspelt, or an impossible profile.
     """
     install_notebook_handler()
     quiet()
     parameters = check_parameters(namespace)
     profile = load_profile(parameters["profile"], parameters["overrides"])
     run = Run(number, parameters, profile, Workspace(parameters["workdir"]))
+    run.workspace.run_cards  # noqa: B018  made now: a folder that can't be written should not end a long run
     print(profile.banner())
     return run
 
@@ -57,11 +71,11 @@ class Run:
             WorkshopError: it was not run in this workspace, or with another model, data or prompt.
         """
         card = read_card(self._card_path(number))
-        if card is None:
+        there = card.get("profile") if card else None
+        if not isinstance(there, dict):
             raise WorkshopError(
                 f"Notebook {NOTEBOOKS[number]} has not been run in {self.workspace.root}: run it first."
             )
-        there = card.get("profile", {})
         for key in ("model", "model_revision", "data", "prompt"):
             if there.get(key) != getattr(self.profile, key):
                 raise WorkshopError(
@@ -82,24 +96,26 @@ class Run:
         """Write the run card: `figure` is the main result in a few words, `facts` its numbers."""
         from fiqa_helpers import machine
 
-        card = write_card(
-            self._card_path(self.number),
-            notebook=NOTEBOOKS[self.number],
-            parameters=self.parameters,
-            profile=asdict(self.profile),
-            device=machine.describe(),
-            started=self.started,
-            seconds=round(time.time() - self.started, 1),
-            peak_memory_gib=machine.peak_memory_gib(),
-            figure=figure,
-            files=[self.workspace.shown(path) for path in files or []],
-            facts=facts,
-        )
+        path = self._card_path(self.number)
+        with disk_errors(path.parent, "set the parameter workdir to another folder"):
+            card = write_card(
+                path,
+                notebook=NOTEBOOKS[self.number],
+                parameters=self.parameters,
+                profile=asdict(self.profile),
+                device=machine.describe(),
+                started=self.started,
+                seconds=round(time.time() - self.started, 1),
+                peak_memory_gib=machine.peak_memory_gib(),
+                figure=figure,
+                files=[self.workspace.shown(file) for file in files or []],
+                facts=facts,
+            )
         print(f"{self.profile.banner()}\n{figure}")
         print(
             f"Notebook {self.number} took {card['seconds'] / 60:.1f} minutes and at most "
             f"{card['peak_memory_gib']:.1f} GiB; its run card is "
-            f"{self.workspace.shown(self._card_path(self.number))}."
+            f"{self.workspace.shown(path)}."
         )
 
     def _card_path(self, number: str) -> Path:
@@ -121,16 +137,25 @@ def check_parameters(namespace: dict) -> dict:
             continue
         for name in re.findall(r"^(\w+) = ", source, re.MULTILINE):
             if name not in kinds:
-                raise WorkshopError(f"There is no parameter {name}: this notebook has {', '.join(kinds)}.")
+                near = difflib.get_close_matches(name.lower(), kinds, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise WorkshopError(
+                    f"There is no parameter {name}{hint}: this notebook has {', '.join(kinds)}."
+                )
     for name, kind in kinds.items():
         value = namespace[name]
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
             raise WorkshopError(
-                f"Parameter {name} is {value!r}, a {type(value).__name__}: it must be a {kind.__name__}"
+                f"Parameter {name} is {shown(value)}, {a_type(type(value))}: it must be {a_type(kind)}"
                 + (", so pass it with papermill -y or -f, not -p." if isinstance(value, str) else ".")
             )
+        low, high = RANGES.get(name, (None, None))
+        if low is not None and not low <= value <= high:  # also refuses nan
+            raise WorkshopError(f"Parameter {name} is {value}: it must lie between {low} and {high}.")
+        if name == "on_existing" and value not in ("resume", "fresh"):
+            raise WorkshopError(f"Parameter on_existing is {value!r}: choose resume or fresh.")
     return {name: namespace[name] for name in kinds}
 
 

@@ -1,11 +1,12 @@
 """Where things are: the project, the folders that a run writes to, the cache of packaged assets."""
 
+import errno
 import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.errors import WorkshopError, shown
 
 
 def project_root() -> Path:
@@ -39,15 +40,24 @@ class Workspace:
 
     @cached_property
     def root(self) -> Path:
-        return Path(self.workdir).expanduser().resolve() if self.workdir else project_root()
+        if not self.workdir:
+            return project_root()
+        try:
+            return Path(self.workdir).expanduser().resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, ~ of an unknown user
+            raise WorkshopError(
+                f"workdir is {shown(self.workdir)}, which is no folder's name ({error}): set another."
+            ) from None
 
     def _folder(self, *parts: str) -> Path:
         folder = self.root.joinpath(*parts)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "it is read-only for you")
         except OSError as error:
             raise WorkshopError(
-                f"Cannot write to {folder} ({error.strerror}): "
+                f"Cannot write to {shown(str(folder), 200)} ({error.strerror}): "
                 "set the parameter workdir to a folder you may write to."
             ) from None
         return folder

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
@@ -20,11 +21,36 @@ PACKAGES = (
 
 
 def write_card(path: Path, **content: object) -> dict:
-    """Write `content` with time, versions and git revision added, as JSON; returns what was written."""
+    """Write `content` with time, versions and git revision added, as JSON; returns what was written.
+
+    The values of secret environment variables (tokens, keys, passwords) are blanked wherever they stand.
+    """
     card = {"written": datetime.now(UTC).isoformat(timespec="seconds"), **content}
     card |= {"versions": versions(), "git_revision": git_revision()}
+    card = without_secrets(card)
     write_json(path, card)
     return card
+
+
+def without_secrets(content: object) -> object:
+    """`content` (dicts, lists and plain values) with each secret of the environment replaced by ***."""
+    name = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|API_?KEY|_KEY$", re.IGNORECASE)
+    secrets = [value for key, value in os.environ.items() if name.search(key) and len(value) >= 8]
+    secrets.sort(key=len, reverse=True)  # one that contains another goes first
+
+    def clean(value: object) -> object:
+        if isinstance(value, dict):
+            return {clean(key): clean(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(item) for item in value]
+        if isinstance(value, Path):
+            value = str(value)
+        if isinstance(value, str):
+            for secret in secrets:
+                value = value.replace(secret, "***")
+        return value
+
+    return clean(content)
 
 
 def read_card(path: Path) -> dict | None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,25 @@ def tiny_model(tiny_tokenizer):
     from fiqa_helpers import model
 
     return model.tiny_model(tiny_tokenizer)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk("size=64k"): a mounted tmpfs; tests skip where mounting is not allowed."""
+    places = []
+
+    def mount(options: str) -> Path:
+        place = tmp_path / f"disk{len(places)}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", str(place)]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small tmpfs needs root and the right to mount")
+        places.append(place)
+        return place
+
+    yield mount
+    for place in places:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.fixture(scope="module")
