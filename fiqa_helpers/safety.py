@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 3  # steps in a row with an exploded loss before the run stops
 NO_MEMORY = ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-NO_SPACE = ("os error 28", "No space left on device", "PytorchStreamWriter failed", "iostream error")
+NO_SPACE = ("os error 28", "No space left on device", "inline_container", "iostream error")
 
 
 class Terminator(TrainerCallback):
@@ -113,7 +113,8 @@ def memory_errors(run: Path | str, step: int, tokens_per_batch: int | None) -> I
 def saving(folder: Path) -> Iterator[None]:
     """Turn a full or read-only disk into one sentence; the unfinished checkpoint gives its space back.
 
-    torch reports a full disk as a RuntimeError of its archive writer, safetensors as an error of its own.
+    torch reports a full disk as a RuntimeError of its archive writer (inline_container.cc, "unexpected
+    pos"), safetensors as an error of its own.
     """
     try:
         yield

@@ -180,7 +180,8 @@ class Trainings:
         job |= {"workdir": str(workdir), "phase": str(self.phase_file), "log": str(self.log)}
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
-        return int(self.server.stdout.readline())
+        self.process = int(self.server.stdout.readline())
+        return self.process
 
     def wait(self) -> int:
         """Exit status of the training started last; negative: the signal that ended it."""

@@ -1,0 +1,263 @@
+"""Rubbish in: each wrong parameter, data file or adapter ends in one sentence with culprit and remedy."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import nbformat
+import pytest
+
+MEGABYTES_10 = "x" * 10_000_000
+
+
+class Case(NamedTuple):
+    """What is wrong, for which notebook, its parameters, words of the sentence, what to prepare."""
+
+    wrong: str
+    notebook: str
+    parameters: dict
+    words: tuple[str, ...]
+    prepare: Callable[[Path], None] | None = None
+
+
+def overrides(text: object, *words: str) -> Case:
+    return Case(f"overrides {text}"[:60], "01", {"profile": "tiny", "overrides": text}, words)
+
+
+def parameter(notebook: str, name: str, value: object, *words: str) -> Case:
+    return Case(f"{name} {value!r}", notebook, {"profile": "tiny", name: value}, words)
+
+
+def data_file(name: str, content: str | bytes, *words: str) -> Case:
+    def write(workdir: Path) -> None:
+        (workdir / "mine").mkdir()
+        raw = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+        (workdir / "mine" / name).write_bytes(raw)
+
+    parameters = {"profile": "tiny", "overrides": "{data: mine}"}
+    return Case(f"data {words[0]}"[:60], "01", parameters, (name, *words), write)
+
+
+def rows(**row: object) -> str:
+    return "".join(json.dumps(row | {"n": n}) + "\n" for n in range(20))
+
+
+def adapter(wrong: str, files: dict[str, bytes], *words: str) -> Case:
+    def write(workdir: Path) -> None:
+        folder = workdir / "checkpoints" / "final_model"
+        folder.mkdir(parents=True)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+    return Case(f"adapter {wrong}", "05", {"profile": "tiny"}, ("final_model", *words), write)
+
+
+def other_architecture(workdir: Path) -> None:
+    """A whole LoRA adapter of a model with twice the width."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=99, hidden_size=128, intermediate_size=64, num_hidden_layers=3)
+    lora = LoraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    folder = workdir / "checkpoints" / "final_model"
+    get_peft_model(LlamaForCausalLM(config), lora).save_pretrained(folder)
+    trained = {"model": "nvidia/other", "model_revision": "main", "data": "packaged", "prompt": "plain"}
+    (folder / "run_card.json").write_text(json.dumps({"profile": trained}))
+
+
+def file_as_workdir(workdir: Path) -> None:
+    (workdir / "file").write_text("no folder")
+
+
+LORA = json.dumps({"peft_type": "LORA"}).encode()
+PICKLE = b"cos\nsystem\n(S'touch /tmp/run-by-a-pickle'\ntR."
+CASES = [
+    # parameters of every notebook: values, types, names
+    parameter("00", "profile", "GPU80", "profile is 'GPU80'", "choose one of auto, laptop"),
+    parameter("01", "profile", "", "profile is ''", "choose one of"),
+    parameter("01", "profile", "laptop ", "profile is 'laptop '"),
+    parameter("01", "profile", 80, "Parameter profile is 80, an int", "must be a str"),
+    parameter("02", "profile", None, "profile is None"),
+    parameter("03", "profile", True, "profile is True"),
+    parameter("01", "overrides", 20, "Parameter overrides is 20, an int"),
+    parameter("04", "workdir", 3.5, "workdir is 3.5"),
+    parameter("01", "workdir", "/proc/nowhere", "/proc/nowhere", "set the parameter workdir"),
+    Case("workdir a file", "01", {"profile": "tiny", "workdir": "file/x"}, ("Cannot",), file_as_workdir),
+    parameter("01", "profil", "laptop", "profil", "profile"),
+    parameter("04", "max_steps", 20, "no parameter", "max_steps", "on_existing"),
+    parameter("04", "on_existing", "overwrite", "on_existing is 'overwrite'", "resume", "fresh"),
+    parameter("02", "example", "3", "example is '3'", "papermill -y or -f"),
+    parameter("02", "example", -2, "example is -2"),
+    parameter("02", "rows_per_batch", 0, "rows_per_batch is 0"),
+    parameter("05", "n_questions", "false", "n_questions is 'false'"),
+    parameter("05", "n_questions", 0, "n_questions is 0"),
+    parameter("05", "n_questions", 1.0, "n_questions is 1.0"),
+    parameter("05", "first_row", -1, "first_row is -1"),
+    parameter("05", "temperature", -0.5, "temperature is -0.5"),
+    parameter("05", "temperature", float("nan"), "temperature is nan"),
+    parameter("05", "temperature", "hot", "temperature is 'hot'"),
+    parameter("05", "sampling_seed", -1, "sampling_seed is -1"),
+    parameter("06", "rows", -1, "rows is -1"),
+    parameter("06", "no_repeat_ngram_size", "4", "no_repeat_ngram_size is '4'"),
+    parameter("06", "endpoint", 8000, "endpoint is 8000"),
+    # profiles that can't run
+    Case("gpu80 without a GPU", "03", {"profile": "gpu80"}, ("gpu80", "GPU")),
+    overrides("{device: cuda}", "GPU", "laptop"),
+    overrides("{max_length: 600}", "tokens_per_batch is 512, less than one row", "raise tokens_per_batch"),
+    Case(
+        "no such model",
+        "02",
+        {"profile": "tiny", "overrides": "{model: ./nothing}"},
+        ("Notebook 01_explore_fiqa", "run it first"),
+    ),
+    # overrides: syntax, names, types, ranges
+    overrides("max_steps", "overrides is 'max_steps'", "YAML mapping"),
+    overrides("[1, 2]", "YAML mapping"),
+    overrides("{max_steps: 20", "YAML mapping"),
+    overrides("!!python/object/apply:os.system [id]", "YAML mapping"),
+    overrides("{max_step: 3}", "'max_step'", "did you mean max_steps?"),
+    overrides("{name: x}", "'name'", "which no profile has"),
+    overrides("{max_steps: soon}", "max_steps is 'soon', a str", "must be an int"),
+    overrides("{max_steps: 1.5}", "max_steps is 1.5"),
+    overrides("{max_steps: true}", "max_steps is True"),
+    overrides("{max_steps: 0}", "max_steps is 0", "-1 for all"),
+    overrides("{max_steps: -2}", "max_steps is -2", "between -1 and"),
+    overrides("{batch_size: 0}", "batch_size is 0"),
+    overrides("{learning_rate: -1e-4}", "learning_rate is -0.0001"),
+    overrides("{learning_rate: 0}", "learning_rate is 0", "reference value is 2e-4"),
+    overrides("{learning_rate: .nan}", "learning_rate is nan"),
+    overrides("{learning_rate: [1]}", "learning_rate is [1]"),
+    overrides("{lora_targets: []}", "lora_targets is []", "such as [q_proj, v_proj]"),
+    overrides("{lora_targets: 5}", "lora_targets is 5"),
+    overrides("{lora_dropout: 1.0}", "lora_dropout is 1.0", "between 0.0 and 0.9"),
+    overrides("{dtype: float16}", "dtype is 'float16'", "choose one of float32, bfloat16"),
+    overrides("{layout: flat}", "layout is 'flat'", "padded, packed"),
+    overrides("{seed: -1}", "seed is -1"),
+    overrides("{model: ''}", "model is empty"),
+    overrides("{gradient_checkpointing: 'yes'}", "gradient_checkpointing is 'yes'"),
+    # data files
+    overrides("{data: nowhere}", "data is 'nowhere'", "a folder or file that exists"),
+    data_file("train.jsonl", "", "is empty"),
+    data_file("train.json", "hello", "is not JSON at line 1"),
+    data_file("train.jsonl", rows(query="q", text="a"), "row 1, needs the columns", "'query', 'text'"),
+    data_file("train.jsonl", rows(question=7, answer="a"), "question holds a"),
+    data_file("train.jsonl", rows(question="q", ground_truths=[["a"]]), "holds a list where text belongs"),
+    data_file("train.jsonl", rows(question="\x00\x00", answer="\x1b"), "0 usable rows: 10 are needed"),
+    data_file("train.jsonl", rows(question="q", answer="\udcff" * 3), "1 usable rows: 10 are needed"),
+    data_file("train.jsonl", json.dumps({"question": "q", "answer": MEGABYTES_10}), "0 usable rows"),
+    data_file("train.csv", "question,answer\nq,a,b\n", "line 2, has more cells", "put quotes"),
+    data_file("train.parquet", b"PAR1", "is not a Parquet file", "export it again"),
+    data_file("train.jsonl", "\u0633\u0624\u0627\u0644".encode("utf-16"), "is not UTF-8"),
+    # adapters
+    Case(
+        "adapter missing", "05", {"profile": "tiny"}, ("There is no adapter", "run notebook 04_train first")
+    ),
+    adapter("empty", {}, "is empty", "run notebook 04_train"),
+    adapter("pickle", {"adapter_config.json": LORA, "adapter_model.bin": PICKLE}, "a pickle", "safetensors"),
+    adapter("cut", {"adapter_config.json": LORA, "adapter_model.safetensors": b"\x08"}, "not a whole"),
+    adapter("no config", {"adapter_model.safetensors": b"\x08"}, "adapter_config.json is missing"),
+    Case(
+        "adapter of another model",
+        "05",
+        {"profile": "tiny"},
+        ("trained with model = 'nvidia/other'", "or train again"),
+        other_architecture,
+    ),
+    # notebooks out of order
+    Case(
+        "02 before 01",
+        "02",
+        {"profile": "tiny"},
+        ("Notebook 01_explore_fiqa has not been run", "run it first"),
+    ),
+    Case(
+        "04 before 03",
+        "04",
+        {"profile": "tiny"},
+        ("Notebook 03_set_up_lora has not been run", "run it first"),
+    ),
+]
+
+
+def parametrized(project: Path, case: Case, workdir: Path):
+    """The notebook of `case` with its parameters injected, as papermill does it."""
+    from papermill.iorw import load_notebook_node
+    from papermill.parameterize import parameterize_notebook
+
+    if case.prepare:
+        case.prepare(workdir)
+    values = {"workdir": str(workdir)} | case.parameters
+    if isinstance(values["workdir"], str) and not values["workdir"].startswith("/"):
+        values["workdir"] = str(workdir / values["workdir"])
+    (path,) = (project / "notebooks").glob(f"{case.notebook}_*.ipynb")
+    with contextlib.redirect_stderr(io.StringIO()):  # papermill's own warning about unknown names
+        return parameterize_notebook(load_notebook_node(str(path)), values)
+
+
+@pytest.fixture
+def shell(monkeypatch):
+    """An IPython shell, which is what executes the cells in a kernel too."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    InteractiveShell.clear_instance()
+    yield InteractiveShell.instance(colors="nocolor")
+    InteractiveShell.clear_instance()
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.notebook}: {case.wrong}" for case in CASES])
+def test_bad_input_ends_in_one_sentence(project, tmp_path, monkeypatch, shell, capsys, case):
+    """The real notebook is executed until it stops: at a WorkshopError, shown as its sentence alone."""
+    monkeypatch.chdir(tmp_path)
+    for cell in parametrized(project, case, tmp_path).cells:
+        if cell.cell_type == "code":
+            capsys.readouterr()
+            outcome = shell.run_cell(cell.source, store_history=True)
+            if not outcome.success:
+                break
+    shown, error = "".join(capsys.readouterr()), outcome.error_in_exec
+    assert type(error).__name__ == "WorkshopError", f"{error!r}\n{shown}"
+    sentence = str(error)
+    assert "\n" not in sentence and len(sentence) < 500
+    for words in case.words:
+        assert words in sentence
+    assert f"WorkshopError: {sentence}" in shown
+    assert "Traceback" not in shown and 'File "' not in shown and ".py" not in shown.replace(sentence, "")
+    assert not Path("/tmp/run-by-a-pickle").exists()
+
+
+UNDER_PAPERMILL = [
+    "profile 'GPU80'",
+    "overrides {max_step: 3}",
+    "profil 'laptop'",
+    "data is empty",
+    "adapter pickle",
+]
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize("wrong", UNDER_PAPERMILL)
+def test_papermill_exits_with_an_error_and_shows_the_sentence(project, tmp_path, wrong):
+    """Headless, only the exit status keeps the next notebook from running."""
+    (case,) = (case for case in CASES if case.wrong == wrong)
+    nbformat.write(parametrized(project, case, tmp_path), tmp_path / "in.ipynb")
+    command = [sys.executable, "-m", "papermill", str(tmp_path / "in.ipynb"), str(tmp_path / "out.ipynb")]
+    done = subprocess.run(
+        [*command, "-k", "python3", "--no-progress-bar"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    errors = [o for cell in executed.cells for o in cell.get("outputs", []) if o.output_type == "error"]
+    assert [error.ename for error in errors] == ["WorkshopError"]
+    assert len(errors[0].traceback) == 1 and "\n" not in errors[0].evalue
+    for words in case.words:
+        assert words in errors[0].evalue and words in done.stderr
+
+
+def test_enough_cases():
+    """The promise is at least forty, each different."""
+    assert len({(case.notebook, case.wrong) for case in CASES}) == len(CASES) >= 40

@@ -1,0 +1,203 @@
+"""Faults injected for real into whole runs: many kills, full or read-only disks, SIGTERM, dead kernels."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from training_child import Trainings, result
+
+from fiqa_helpers import checkpoints
+
+pytestmark = pytest.mark.slow
+
+CHAIN = (
+    "{max_steps: 40, epochs: 20, train_rows: 13, batch_size: 2, tokens_per_batch: 256, lora_dropout: 0.05}"
+)
+SHORT = "{max_steps: 8, epochs: 2, train_rows: 9, batch_size: 2, tokens_per_batch: 256, lora_dropout: 0.05}"
+KILLS = 24
+
+
+@pytest.fixture(scope="module")
+def trainings():
+    with Trainings() as server:
+        yield server
+
+
+def damaged(run: Path) -> dict[int, str]:
+    """Step -> what is wrong, for each checkpoint of the run that is not complete."""
+    found = {
+        step: checkpoints.fault(checkpoints.checkpoint_folder(run, step))
+        for step in checkpoints.steps_of(run)
+    }
+    return {step: problem for step, problem in found.items() if problem}
+
+
+def test_chain_of_kills_ends_bitwise_like_an_unkilled_run(trainings, tmp_path):
+    """Killed 24 times at random moments, resumed each time: one lost random number would change the adapter.
+
+    A third of the kills come at any time; the others are aimed at a phase, and come a random moment after it
+    began. A kill counts as inside a checkpoint write when it left an incomplete checkpoint behind.
+    """
+    trainings.run(tmp_path / "unkilled", overrides=CHAIN)
+    moments, hits, torn = random.Random(2026), Counter(), []
+    aims = [
+        (None, 6.0),
+        ("saving", 0.02),
+        ("evaluating", 0.2),
+        (None, 6.0),
+        ("sampling", 0.1),
+        ("training", 0.3),
+    ]
+    workdir, run = tmp_path / "killed", tmp_path / "killed" / "checkpoints" / "run"
+    for number in range(KILLS):
+        phase, longest = aims[number % len(aims)]
+        before = damaged(run)
+        hit = trainings.kill_in(workdir, phase, moments.uniform(0, longest), overrides=CHAIN)
+        assert hit, f"the run ended before kill {number + 1}: it needs more steps"
+        hits[hit] += 1
+        torn += [step for step in damaged(run) if step not in before and hit == "saving"]
+        print(number + 1, phase, hit, checkpoints.steps_of(run), damaged(run))
+    trainings.run(workdir, overrides=CHAIN)
+    assert result(workdir) == result(tmp_path / "unkilled")
+    assert len(torn) >= 3, torn
+    assert min(hits[phase] for phase in ("training", "evaluating", "sampling", "saving")) >= 2, hits
+    kept = list((run / "set_aside").glob("checkpoint-*"))
+    assert len(kept) >= len(torn)  # reported, moved, not deleted
+
+
+@contextlib.contextmanager
+def mounted(*arguments: str, at: Path):
+    """A file system mounted at `at`; the test is skipped where that is not allowed."""
+    at.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["mount", *arguments, str(at)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(at)], check=True)
+
+
+def test_full_disk_while_saving(trainings, tmp_path):
+    """The disk fills up in the middle of a run: a sentence, the last checkpoint intact, a resume later."""
+    trainings.run(tmp_path / "unkilled", overrides=SHORT)
+    small = tmp_path / "small"
+    with mounted("-t", "tmpfs", "-o", "size=420k", "tmpfs", at=small):
+        trainings.start(small, overrides=SHORT)
+        assert trainings.wait() == 1
+        said = trainings.log.read_text().splitlines()[-1]
+        run = small / "checkpoints" / "run"
+        last = checkpoints.newest_complete(run)
+        assert last is not None and damaged(run) == {}
+        assert said.startswith(f"WorkshopError: The disk of {run} is full, so checkpoint-"), said
+        assert said.endswith(f"{last.name} is intact and the next run goes on from it."), said
+        subprocess.run(["mount", "-o", "remount,size=50m", str(small)], check=True)
+        assert f"resuming from {last.name}" in trainings.run(small, overrides=SHORT)
+        assert result(small) == result(tmp_path / "unkilled")
+
+
+@pytest.mark.parametrize("size", ["200k", "300k", "340k", "380k", "460k"])
+def test_full_disk_at_any_file_of_a_checkpoint(trainings, tmp_path, size):
+    """safetensors, torch and json each fail in their own words when the disk is full."""
+    with mounted("-t", "tmpfs", "-o", f"size={size}", "tmpfs", at=tmp_path / "small"):
+        trainings.start(tmp_path / "small", overrides=SHORT)
+        assert trainings.wait() == 1
+        lines = trainings.log.read_text().splitlines()
+        assert lines[-1].startswith("WorkshopError: The disk of ") and "is full" in lines[-1], lines[-1]
+        assert not any("Traceback" in line for line in lines)
+
+
+OPEN = """
+import sys
+from fiqa_helpers import checkpoints
+from fiqa_helpers.paths import Workspace
+from fiqa_helpers.profiles import load_profile
+checkpoints.open_run(Workspace(sys.argv[1]), load_profile("tiny"), {"train": "a", "validation": "b"})
+"""
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_read_only_folder(tmp_path, before):
+    """A read-only mount (chmod protects nothing from root): one sentence before anything is computed."""
+    folder, view = tmp_path / "work", tmp_path / "view"
+    folder.mkdir()
+    if before:  # a run is there already
+        subprocess.run([sys.executable, "-c", OPEN, str(folder)], check=True)
+    with mounted("--bind", str(folder), at=view):
+        done = subprocess.run(["mount", "-o", "remount,ro,bind", str(view)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"cannot mount read-only here: {done.stderr.strip()}")
+        done = subprocess.run([sys.executable, "-c", OPEN, str(view)], capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "WorkshopError: Cannot write to" in last, done.stderr
+    assert "set the parameter workdir to" in last
+
+
+# -- the notebooks, executed by papermill
+
+
+def command(workdir: Path, only: str) -> list[str]:
+    arguments = ["--profile", "tiny", "--workdir", str(workdir), "--only", only]
+    slow = ["--overrides", "{max_steps: 40, epochs: 20, eval_steps: 2}"]
+    return [sys.executable, "-m", "fiqa_helpers", "run", *arguments, *slow]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A workdir in which the notebooks before 04 have been executed."""
+    workdir = tmp_path_factory.mktemp("prepared")
+    done = subprocess.run(command(workdir, "00-03"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def kernel_of(process: int) -> int | None:
+    """The kernel that `process` has started."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == process and b"ipykernel" in (entry / "cmdline").read_bytes():
+                return int(entry.name)
+    return None
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize("fault", ["kernel killed", "SIGTERM to papermill", "SIGTERM to all"])
+def test_notebook_04_goes_on_after(prepared, tmp_path, fault):
+    """Under papermill: the failure is not silent, and the same command again resumes and finishes."""
+    import shutil
+
+    workdir = tmp_path / "work"
+    shutil.copytree(prepared, workdir)
+    run = workdir / "checkpoints" / "run"
+    with subprocess.Popen(
+        command(workdir, "04"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        while not (run / "checkpoint-4" / checkpoints.MANIFEST).is_file():
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.05)
+        kernel = kernel_of(first.pid)
+        if fault == "kernel killed":
+            os.kill(kernel, signal.SIGKILL)
+        else:
+            os.kill(first.pid, signal.SIGTERM)
+            if fault == "SIGTERM to all":
+                os.kill(kernel, signal.SIGTERM)
+        said = first.communicate(timeout=120)[1]
+    assert first.returncode != 0
+    print(said)
+    if fault == "kernel killed":
+        assert "its kernel died" in said
+    before = max(checkpoints.steps_of(run))
+    again = subprocess.run(command(workdir, "04"), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    executed = (workdir / "outputs" / "executed" / "04_train.ipynb").read_text()
+    assert before >= 4 and checkpoints.fault(workdir / "checkpoints" / "final_model") is None
+    assert "finished 40 steps" in executed
