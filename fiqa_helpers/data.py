@@ -33,6 +33,7 @@ _SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
 _SALT = "fiqa-workshop-1:"  # another salt would be another split: keep it
 
 Rows = list[tuple[str, list[str]]]  # question, answers
+NamedRows = tuple[str, Iterable[tuple[int, Row]]]  # name for messages, numbered rows
 
 
 @dataclass
@@ -132,14 +133,11 @@ def read_processed(folder: Path) -> "DatasetDict":
         expected = {split: manifest["splits"][split]["sha256"] for split in SPLITS}
     except (ValueError, KeyError, TypeError):
         raise WorkshopError(f"{folder / MANIFEST} is damaged: {remedy}.") from None
-    splits = {}
-    for split in SPLITS:
-        path = folder / PROCESSED[split]
-        splits[split] = list(clean_rows(read_rows(path), path.name, Counter()))
-    found = _datasets(splits)
+    paths = {split: folder / PROCESSED[split] for split in SPLITS}
+    found = _datasets({s: list(clean_rows(read_rows(p), p.name, Counter())) for s, p in paths.items()})
     for split in SPLITS:
         if fingerprint(found[split]) != expected[split]:
-            raise WorkshopError(f"{folder / PROCESSED[split]} is not what notebook 01 wrote: {remedy}.")
+            raise WorkshopError(f"{paths[split]} is not what notebook 01 wrote: {remedy}.")
     return found
 
 
@@ -152,8 +150,7 @@ def fingerprint(rows: Iterable[dict]) -> str:
 
 
 def _find(source: str, workspace: Workspace | None) -> Path:
-    bases = [Path.cwd(), *([workspace.root] if workspace else []), project_root()]
-    for base in bases:
+    for base in [Path.cwd(), *([workspace.root] if workspace else []), project_root()]:
         path = base / Path(source).expanduser()
         if source and path.exists():
             return path
@@ -180,10 +177,8 @@ def _by_split(files: list[Path]) -> dict[str, list[Path]]:
     folder = files[0].parent
     for split, paths in found.items():
         if not paths:
-            raise WorkshopError(
-                f"{folder} has no file whose name begins with {split}: add it, or leave a single file, which "
-                "is then split by hash."
-            )
+            remedy = "add it, or leave a single file, which is then split by hash"
+            raise WorkshopError(f"{folder} has no file whose name begins with {split}: {remedy}.")
         if len({path.suffix.lower() for path in paths}) > 1:
             names = ", ".join(path.name for path in paths[:4])
             raise WorkshopError(f"{folder} has the {split} split in several formats ({names}): keep one.")
@@ -206,12 +201,11 @@ def _split_one_file(
         raise WorkshopError(f"{path} has {len(rows)} usable rows: 10 are needed to split them.")
     parts = {"test": rows[:test], "validation": rows[test : test + validation]}
     parts["train"] = rows[test + validation :]
-    return _datasets(parts), _counted(report, parts)
+    report.rows = {split: len(parts[split]) for split in SPLITS}
+    return _datasets(parts), report
 
 
-def _finish(
-    sources: dict[str, list[tuple[str, Iterable[tuple[int, Row]]]]], report: LoadReport
-) -> tuple["DatasetDict", LoadReport]:
+def _finish(sources: dict[str, list[NamedRows]], report: LoadReport) -> tuple["DatasetDict", LoadReport]:
     """Clean every split, drop what is in two of them, refuse an empty one."""
     splits: dict[str, Rows] = {}
     for split in SPLITS:
@@ -222,9 +216,10 @@ def _finish(
     for split in SPLITS:
         if not splits[split]:
             raise WorkshopError(
-                f"{report.source} has no usable {split} rows: check the {split} split of the source."
+                f"{report.source} has no usable {split} rows: check that split of the source."
             )
-    return _datasets(splits), _counted(report, splits)
+    report.rows = {split: len(splits[split]) for split in SPLITS}
+    return _datasets(splits), report
 
 
 def _drop_duplicates(splits: dict[str, Rows], repairs: dict[str, Counter]) -> None:
@@ -245,18 +240,12 @@ def _drop_duplicates(splits: dict[str, Rows], repairs: dict[str, Counter]) -> No
         splits[split] = kept
 
 
-def _counted(report: LoadReport, splits: dict[str, Rows]) -> LoadReport:
-    report.rows = {split: len(splits[split]) for split in SPLITS}
-    return report
-
-
 def _datasets(splits: dict[str, Rows]) -> "DatasetDict":
     from datasets import Dataset, DatasetDict, Features, List, Value
 
     features = Features({"question": Value("string"), "ground_truths": List(Value("string"))})
     made = DatasetDict()
     for split in SPLITS:
-        columns = zip(*splits[split], strict=True) if splits[split] else ((), ())
-        questions, answers = columns
+        questions, answers = zip(*splits[split], strict=True) if splits[split] else ((), ())
         made[split] = Dataset.from_dict({"question": questions, "ground_truths": answers}, features=features)
     return made
