@@ -17,7 +17,8 @@ from fiqa_helpers.panel_view import View, describe, draw_html
 
 __all__ = ["LivePanel", "StopTraining", "remove_progress_callbacks"]
 
-EVERY, SHARE = 0.5, 0.005  # seconds between two drawings at least; share of the time drawing may take at most
+EVERY, SELDOM = 0.5, 10.0  # seconds between two drawings, at least and at most
+SHARE = 0.005  # of the time may go into drawing
 TRAINING, EVALUATING, SAMPLING = "training", "evaluating on held-out rows", "answering the questions"
 
 
@@ -235,10 +236,11 @@ class LivePanel(TrainerCallback, PanelRecord):
     def _show(self, phase: str, force: bool = False) -> None:
         """Draw now, unless it was done a moment ago or would take more than its share of the time."""
         self.phase = phase
-        began = time.perf_counter()
+        began, work = time.perf_counter(), time.thread_time()
         if not self._output.wants(began) or (began < self._next_drawing and not force):
             return
         self._output.show(self.view())
         ended = time.perf_counter()
         self.drawing_seconds += ended - began
-        self._next_drawing = ended + max(EVERY, (ended - began) / SHARE)
+        # by processor time: on a busy machine the clock also counts waiting, and the panel would stand still
+        self._next_drawing = ended + min(max(EVERY, (time.thread_time() - work) / SHARE), SELDOM)

@@ -172,7 +172,7 @@ font-variant-numeric:tabular-nums}}
 font-variant-numeric:tabular-nums}}
 .fiqa-panel .tiles i{{display:block;font-style:normal;font-size:11px;line-height:15px;color:var(--soft);
 white-space:nowrap;overflow:hidden;text-overflow:ellipsis}}
-.fiqa-panel svg{{display:block;width:100%;height:{HEIGHT}px;font-family:inherit}}
+.fiqa-panel svg{{display:block;overflow:visible;width:100%;height:{HEIGHT}px;font-family:inherit}}
 .fiqa-panel svg text{{fill:var(--ink)}}
 .fiqa-panel .t{{font-size:13px;font-weight:600}} .fiqa-panel .n{{font-size:11.5px;fill:var(--soft)!important}}
 .fiqa-panel .e{{text-anchor:end}} .fiqa-panel .m{{text-anchor:middle}}

@@ -1,4 +1,9 @@
-"""JavaScript that watches the live panel: how often it changed, in how many nodes, in which heights."""
+"""What the tests read off the live panel: its step, how often it changed, in how many nodes and heights."""
+
+STEP = """() => {
+  const line = document.querySelector('.fiqa-panel .when')?.innerText ?? '';
+  return Number(line.match(/step (\\d+) of/)?.[1] ?? -1);
+}"""
 
 WATCH = """() => {
   window.seen = {curves: new Set(), heights: new Set(), texts: new Set(), nodes: new Set()};
@@ -16,3 +21,9 @@ WATCH = """() => {
 }"""
 SEEN = """() => ({curves: seen.curves.size, heights: [...seen.heights], texts: seen.texts.size,
   nodes: seen.nodes.size})"""
+
+
+def at_step(page, step: int, seconds: int = 300) -> int:
+    """Wait until the panel shows at least `step` optimizer steps done; gives what it shows."""
+    page.wait_for_function(f"() => ({STEP})() >= {step}", timeout=1000 * seconds)
+    return page.evaluate(STEP)

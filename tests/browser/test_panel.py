@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from browser import Notebook, jupyterlab
-from panel_watch import SEEN, WATCH
+from panel_watch import SEEN, WATCH, at_step
 
 TRAIN = """
 import sys; sys.path.insert(0, {tests!r})
@@ -84,45 +84,33 @@ def test_the_panel_redraws_in_place_and_leaves_one_picture(start, served, page):
     notebook.shot("panel-small-finished")
 
 
-def test_stop_takes_effect_within_one_step(start, page):
-    """ipykernel 7.4 sends clicks to the busy thread: the button would act only after the training."""
-    notebook = start("stop", steps=100, seconds=1.0)
-    page.wait_for_selector(".fiqa-panel .when:has-text('step 2 of')", timeout=60_000)
+@pytest.mark.parametrize("how", ["Stop button", "interrupted"])
+def test_training_ends_within_one_step(start, page, how):
+    """ipykernel 7.4 sends clicks to the busy thread, an interrupt leaves a traceback: neither may be."""
+    notebook = start(how.split()[0].lower(), steps=100, seconds=2.0)
+    step = at_step(page, 2)
     began = time.monotonic()
-    page.locator(".jupyter-button", has_text="Stop").click()
-    page.get_by_text(re.compile(r"^after: stopped at step \d+ of 100 \(Stop button\)")).wait_for(
-        timeout=30_000
-    )
-    took = time.monotonic() - began
+    if how == "interrupted":
+        notebook.command("notebook:interrupt-kernel", wait=False)
+    else:
+        page.locator(".jupyter-button", has_text="Stop").click()
+    page.get_by_text(re.compile(rf"^after: stopped at step \d+ of 100 \({how}\)")).wait_for(timeout=60_000)
+    print(f"{how}: {time.monotonic() - began:.1f} s with steps of 2 s")
     notebook.wait_until_done(30)
-    assert took < 4.0, took  # a step of one second, the checkpoint, the picture
-    assert stopped_at(notebook) <= 5
+    assert stopped_at(notebook) <= step + 2  # the one that ran when it was pressed; one more if it just ended
     assert notebook.errors() == []
-    notebook.shot("panel-small-stopped")
-
-
-def test_interrupt_ends_the_cell_without_an_error(start, page):
-    """A KeyboardInterrupt would leave a traceback and keep Run All from the cells that follow."""
-    notebook = start("interrupt", steps=100, seconds=1.0)
-    page.wait_for_selector(".fiqa-panel .when:has-text('step 2 of')", timeout=60_000)
-    began = time.monotonic()
-    notebook.command("notebook:interrupt-kernel", wait=False)
-    page.get_by_text(re.compile(r"^after: stopped at step \d+ of 100 \(interrupted\)")).wait_for(
-        timeout=30_000
-    )
-    assert time.monotonic() - began < 4.0
-    notebook.wait_until_done(30)
-    assert notebook.errors() == []
+    notebook.shot(f"panel-small-{how.split()[0].lower()}")
 
 
 def test_sample_now_is_answered_after_the_step(start, page):
-    """The second button could be dead, or asked only at the next regular sample."""
-    notebook = start("sample", steps=60, seconds=0.5)
-    page.wait_for_selector(".fiqa-panel .samples .h:has-text('at step 4')", timeout=60_000)
+    """The second button could be dead, or be heard only at the next regular sample."""
+    notebook = start("sample", steps=100, seconds=1.0)
+    at_step(page, 9)
     page.locator(".jupyter-button", has_text="Sample now").click()
-    page.wait_for_selector(".fiqa-panel .samples .h:has-text(/at step [567]/)", timeout=10_000)
+    head = page.locator(".fiqa-panel .samples .h", has_text=re.compile(r"at step (?!4$|8$|12$|16$|20$)\d+$"))
+    head.wait_for(timeout=20_000)
     page.locator(".jupyter-button", has_text="Stop").click()
-    notebook.wait_until_done(30)
+    notebook.wait_until_done(60)
     assert notebook.errors() == []
 
 

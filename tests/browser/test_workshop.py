@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from browser import Notebook
-from panel_watch import SEEN, WATCH
+from panel_watch import SEEN, WATCH, at_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -88,11 +88,6 @@ def reveal(page) -> None:
     page.evaluate("() => document.querySelector('.fiqa-panel').scrollIntoView({block: 'center'})")
 
 
-def at_step(page, step: int, seconds: int = 300) -> None:
-    """Wait until the panel shows `step` optimizer steps done."""
-    page.wait_for_selector(f".fiqa-panel .when:has-text('step {step} of')", timeout=1000 * seconds)
-
-
 def train_cell(notebook: Notebook) -> dict:
     source = next(cell for cell in notebook.sources() if "with panel:" in cell["source"])
     return next(cell for cell in notebook.cells() if cell["id"] == source["id"])
@@ -131,7 +126,7 @@ def test_training_can_be_ended(training, page, how):
     """Stop could wait for the end of the training, lose the adapter, or keep later cells from running."""
     name = how.split()[0].lower()
     notebook, workdir = training(name, overrides=LONG)
-    at_step(page, 3)
+    at = at_step(page, 3)
     began = time.monotonic()
     if how == "interrupted":
         notebook.command("notebook:interrupt-kernel", wait=False)
@@ -143,7 +138,7 @@ def test_training_can_be_ended(training, page, how):
     text = "\n".join(notebook.text(cell["id"]) for cell in notebook.cells())
     step, total, reason = STOPPED.search(text).groups()
     print(f"{how}: {took:.1f} s, at step {step} of {total}")
-    assert reason == how and int(step) <= 4 and total == "8"
+    assert reason == how and int(step) <= at + 2 and total == "8"
     assert notebook.errors() == []
     assert all(cell["count"] for cell in notebook.cells())
     assert (workdir / "checkpoints/final_model/adapter_model.safetensors").is_file()
