@@ -1,6 +1,7 @@
 """transformers' Trainer: a step's rows in micro-batches, every loss per answer token, an exact resume."""
 
 import math
+import pickle
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +62,11 @@ class AnswerTrainer(Trainer):
         with self.terminator:
             try:
                 return super().train(resume_from_checkpoint=resume, **kwargs)
+            except pickle.UnpicklingError:  # torch refuses everything but tensors and plain values
+                raise WorkshopError(
+                    f"{Path(resume).name} holds something else than tensors, which could run code: "
+                    "it is not used; delete it if you do not know where it comes from."
+                ) from None
             except KeyboardInterrupt:  # an interrupted run, too, ends with the best adapter saved so far
                 if self.state.best_model_checkpoint:
                     self._load_best_model()

@@ -1,7 +1,9 @@
 """The trainer: losses per answer token, exact resume after kills, stops that say why."""
 
+import json
 import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -319,19 +321,43 @@ def test_checkpoint_with_other_training_arguments_is_refused(make_trainer, tmp_p
         changed.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
 
 
-def test_checkpoint_holds_no_pickle_that_resuming_would_run(make_trainer, tmp_path):
-    """Everything that a resume reads must load with weights_only; training_args.bin is never read."""
-    import torch
-
-    trainer = make_trainer({"save_strategy": "steps", "save_steps": 2, "max_steps": 2})
-    trainer.train()
+def test_pickle_that_is_never_read(make_trainer, tmp_path):
+    """training_args.bin is the one pickle in a checkpoint: a resume must not open it."""
+    make_trainer({"save_strategy": "steps", "save_steps": 2, "max_steps": 2}).train()
     folder = tmp_path / "run" / "checkpoint-2"
-    (folder / "training_args.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/run-by-a-pickle'\ntR.")
-    again = make_trainer({"max_steps": 2})
-    again.train(resume_from_checkpoint=folder)
-    assert not Path("/tmp/run-by-a-pickle").exists()
-    for name in ("optimizer.pt", "scheduler.pt"):
-        torch.load(folder / name, weights_only=True)
+    (folder / "training_args.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    make_trainer({"max_steps": 2}).train(resume_from_checkpoint=folder)
+    assert not (tmp_path / "ran").exists()
+
+
+class Bomb:
+    """A pickle that writes a file where it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_pickle_in_a_checkpoint_is_refused(make_trainer, tmp_path, name):
+    """A checkpoint that somebody sent: code in it must not run, and the reader gets a sentence."""
+    make_trainer({"save_strategy": "steps", "save_steps": 2, "max_steps": 2}).train()
+    folder = tmp_path / "run" / "checkpoint-2"
+    (folder / name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran"), protocol=2))
+    again = make_trainer({"max_steps": 2} | ({"max_steps": 3} if name == "rng_state.pth" else {}))
+    if name == "rng_state.pth":  # read at the first step after the resume
+        edit_totals(folder, max_steps=3)
+    with pytest.raises(WorkshopError, match="checkpoint-2 holds something else than tensors"):
+        again.train(resume_from_checkpoint=folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def edit_totals(folder: Path, **arguments: object) -> None:
+    totals = json.loads((folder / "totals.json").read_text())
+    totals["arguments"] |= arguments
+    (folder / "totals.json").write_text(json.dumps(totals))
 
 
 @pytest.mark.cuda

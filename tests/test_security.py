@@ -1,0 +1,147 @@
+"""What the workshop runs, loads, contacts and writes down: nothing from strangers, nothing to strangers."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SECRETS = {
+    "HF_TOKEN": "hf_q7Zk29vWmXo4tBnLsRy8",
+    "HUGGING_FACE_HUB_TOKEN": "hf_b3Jx71cUqPd6wEaTgMi5",
+    "WANDB_API_KEY": "5f0e9c1d7b3a2846e0d9c8b7a6f5e4d3c2b1a098",
+    "OPENAI_API_KEY": "sk-u1Fh83kVrNz5yLpQxWc0",
+    "NVIDIA_API_KEY": "nvapi-m4Ds62gHtKb9jRfYvZe7",
+    "AWS_SECRET_ACCESS_KEY": "o8La05nCiXs1eTuGwPq3",
+}
+
+
+def python_sources(project: Path) -> dict[str, str]:
+    """Name -> code of every module and every code cell of the project."""
+    found = {str(path.relative_to(project)): path.read_text() for path in project.glob("fiqa_helpers/*.py")}
+    for path in project.glob("notebooks/**/*.ipynb"):
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        for number, cell in enumerate(cells):
+            found[f"{path.name}[{number}]"] = "".join(cell["source"])
+    assert len(found) > 60
+    return found
+
+
+def calls(code: str) -> list[tuple[str, dict[str, object]]]:
+    """(dotted name, keywords) of each call; a keyword that is no literal is given as its source."""
+    found = []
+    for node in ast.walk(ast.parse(re.sub(r"^[%!].*$", "", code, flags=re.MULTILINE))):
+        if isinstance(node, ast.Call):
+            keywords = {}
+            for keyword in node.keywords:
+                try:
+                    keywords[keyword.arg] = ast.literal_eval(keyword.value)
+                except ValueError:
+                    keywords[keyword.arg] = ast.unparse(keyword.value)
+            found.append((ast.unparse(node.func), keywords))
+    return found
+
+
+def test_no_code_from_a_model_repository(project):
+    """trust_remote_code runs Python that somebody uploaded beside a model."""
+    for name, code in python_sources(project).items():
+        for function, keywords in calls(code):
+            assert keywords.get("trust_remote_code", False) is False, f"{name}: {function}"
+
+
+def test_nothing_is_unpickled(project):
+    """A pickle runs what its author likes: torch.load only with weights_only, the others not at all."""
+    unsafe = {"pickle.load", "pickle.loads", "joblib.load", "dill.load", "cloudpickle.load", "numpy.load"}
+    for name, code in python_sources(project).items():
+        for function, keywords in calls(code):
+            assert function not in unsafe, f"{name}: {function}"
+            if function == "torch.load":
+                assert keywords.get("weights_only") is True, name
+            if function.endswith(("np.load", "read_pickle")):
+                assert keywords.get("allow_pickle", function.endswith("read_pickle")) is False, name
+            assert function not in ("yaml.load", "eval", "exec", "os.system"), f"{name}: {function}"
+            assert keywords.get("shell", False) is False, f"{name}: {function}"
+
+
+def test_everything_that_listens_does_so_on_this_machine(project):
+    """A server on 0.0.0.0 in a classroom is everybody's; a Jupyter server without a token is a shell."""
+    paths = [*project.glob("fiqa_helpers/*.py"), *project.glob("notebooks/**/*.ipynb")]
+    paths += [project / "Makefile", *project.glob("scripts/*"), *project.glob(".ci/*")]
+    for path in paths:
+        if path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            for wrong in (
+                "0.0.0.0",
+                "--ip=*",
+                "--ip *",
+                "token=''",
+                'token=""',
+                "--no-browser --allow-remote",
+            ):
+                assert wrong not in text, f"{path.name}: {wrong}"
+
+
+HOOK = """
+import os, sys
+def hook(event, arguments, out=os.environ["CONNECTIONS"]):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(file, (event + " " + repr(arguments[-1] if "addr" in event else arguments[-1:]) + " "
+                        + repr(arguments[:2] if "get" in event else "") + "\\n").encode())
+        os.close(file)
+sys.addaudithook(hook)
+"""
+LOOPBACK = """
+import fcntl, os, socket, struct, sys
+with socket.socket() as s:  # bring up lo, the only interface here: Jupyter's kernels talk over 127.0.0.1
+    fcntl.ioctl(s, 0x8914, struct.pack("16sh", b"lo", 0x1 | 0x40))
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+def stranger(line: str) -> bool:
+    """Whether a line of strace is an attempt to reach anything but a socket of this machine, DNS included."""
+    if "sa_family=AF_INET" not in line:
+        return False
+    local = re.search(r'inet_addr\("127\.|inet_pton\(AF_INET6, "::1"', line)
+    return not local or "htons(53)" in line
+
+
+@pytest.mark.slow
+@pytest.mark.notebooks
+def test_whole_tutorial_contacts_nobody_and_writes_down_no_secret(project, tmp_path):
+    """No component may phone home, not even where no network is there; tokens stay in the environment."""
+    if not shutil.which("strace") or subprocess.run(["unshare", "-n", "true"]).returncode:
+        pytest.skip("strace or unshare -n is not available here")
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_HUB")}
+    environment |= SECRETS
+    environment |= {"PYTHONPATH": str(tmp_path / "hook"), "CONNECTIONS": str(tmp_path / "python.log")}
+    work, trace = tmp_path / "work", tmp_path / "strace.log"
+    values = "{model: packaged, max_steps: 2, batch_size: 2, eval_rows: 2, eval_steps: 1, max_new_tokens: 8}"
+    command = ["unshare", "-n", sys.executable, "-c", LOOPBACK]
+    command += ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto", "-o", str(trace)]
+    command += [sys.executable, "-m", "fiqa_helpers", "run", "--profile", "tiny", "--overrides", values]
+    command += ["--workdir", str(work)]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    connections = [line for line in trace.read_text(errors="replace").splitlines() if "connect(" in line]
+    assert len(connections) > 20, "strace recorded nothing: the kernels' own connections should be there"
+    assert [line for line in connections if stranger(line)] == []
+    python = (tmp_path / "python.log").read_text().splitlines()
+    print(len(connections), "connections,", len(python), "events in Python, all on this machine")
+    looked_up = [line for line in python if "getaddrinfo" in line or "gethostbyname" in line]
+    assert [line for line in looked_up if not re.search(r"127\.0\.0\.1|localhost|::1", line)] == []
+    written = [path for path in work.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    assert len(written) > 30
+    for text, name in [(done.stdout, "stdout"), (done.stderr, "stderr")] + [
+        (path.read_text(encoding="utf-8", errors="replace"), path.name) for path in written
+    ]:
+        for variable, value in SECRETS.items():
+            assert value not in text, f"{variable} is in {name}"
