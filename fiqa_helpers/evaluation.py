@@ -83,14 +83,14 @@ def evaluate(
 
     from fiqa_helpers.benchmark import register_fiqa
 
-    if hasattr(solver, "check"):
-        solver.check()
     prompts = [solver.prompt(row["question"]) for row in rows]
     folder, definition = open_folder(workspace, rows, prompts, solver.identity())
     try:
         with FileLock(folder / ".lock", timeout=0):
-            environment = register_fiqa(rows, prompts, similarity)
             reused = len(prepare_logs(folder))
+            if reused < len(rows) and hasattr(solver, "check"):
+                solver.check()
+            environment = register_fiqa(rows, prompts, similarity)
             progress = EvalProgress(label, len(rows), reused, lambda: solver.in_batch)
             bundle = _in_thread(
                 run_evaluation(

@@ -29,10 +29,15 @@ def differences(base: "Evaluated", tuned: "Evaluated", found: "Comparison") -> t
     axes.axvspan(found.low, found.high, facecolor="none", edgecolor=TUNED, hatch="///", linewidth=1.2)
     axes.axvline(found.difference, color=TUNED, linewidth=2.2)
     axes.axvline(0, color="black", linestyle=(0, (5, 3)), linewidth=1.2)
-    top = counts.max() * 1.12
-    axes.set_ylim(-0.14 * counts.max(), top * 1.15)
-    axes.annotate(f"mean {found.difference:+.3f}", (found.difference, top), ha="center", fontsize=9)
-    axes.set_xlabel(f"{title}: tuned minus base (dashed: no difference; hatched: 95 % interval of the mean)")
+    axes.set_title(
+        f"mean {found.difference:+.3f} (line), 95 % interval {found.low:+.3f} to {found.high:+.3f} (hatched)"
+        f", {found.rows} rows",
+        fontsize=9,
+        loc="left",
+    )
+    axes.set_ylim(-0.14 * counts.max(), 1.08 * counts.max())
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel(f"{title}: tuned minus base (dashed: no difference)")
     axes.set_ylabel("rows")
     alt = (
         f"Histogram of {found.rows} paired differences in {title}, from {values.min():+.3f} to "
@@ -53,7 +58,8 @@ def against_length(base: "Evaluated", tuned: "Evaluated", floors: dict[str, floa
         similarity = np.array(side.values(PRIMARY))
         face = "none" if side is base else color
         label = f"{side.label} (mean {similarity.mean():.2f}, median {np.median(words):.0f} words)"
-        axes.scatter(words, similarity, marker=marker, facecolor=face, edgecolor=color, s=34, label=label)
+        size = 34 if len(words) < 100 else 14
+        axes.scatter(words, similarity, marker=marker, facecolor=face, edgecolor=color, s=size, label=label)
         said.append(
             f"{side.label}: mean {similarity.mean():.3f}, median length {np.median(words):.0f} words, "
             f"correlation of length and similarity {_correlation(words, similarity):+.2f}"

@@ -25,12 +25,16 @@ Floors = dict[str, list[dict[str, float]]]  # name of the floor -> the metrics o
 
 def score_floors(rows: Sequence[dict], similarity: "Similarity", seed: int = 0) -> Floors:
     """The floors of `metrics.floors`, scored on the same `rows` by the same metrics as the answers."""
+    answers = metrics.floors(rows, seed)
+    texts = [answer for column in answers.values() for answer in column]
+    for cut in (False, True):  # all at once: many texts of a batch cost little more than one
+        similarity.embed(texts + [text for row in rows for text in row["ground_truths"]], cut)
     return {
         name: [
             metrics.score(answer, row["ground_truths"], similarity)
-            for answer, row in zip(answers, rows, strict=True)
+            for answer, row in zip(column, rows, strict=True)
         ]
-        for name, answers in metrics.floors(rows, seed).items()
+        for name, column in answers.items()
     }
 
 
@@ -81,9 +85,13 @@ def in_words(comparisons: dict[str, Comparison], floors: Floors, all_rows: int) 
             f"{found.needed_rows(0.03):,} rows to stand out."
         )
     if found.rows < FEW_ROWS:
+        finding = found.verdict in ("better", "worse")
+        means_what = (
+            "a hint, to be tested on more rows" if finding else "how little is known, not who is better"
+        )
         lines.append(
-            f"Fewer than {FEW_ROWS} rows: even this interval is rather too narrow than too wide. It says how "
-            "little is known, not which model is better."
+            f"With fewer than {FEW_ROWS} rows even this interval is too narrow rather than too wide: "
+            f"what it shows is {means_what}."
         )
     if found.rows < all_rows:
         lines.append(f"This is a subset: {found.rows} of {all_rows} test rows.")
@@ -97,7 +105,7 @@ def in_words(comparisons: dict[str, Comparison], floors: Floors, all_rows: int) 
 
 
 def changes(base: "Evaluated", tuned: "Evaluated", count: int = 5) -> tuple["Shown", "Shown"]:
-    """The answers that gained and lost most similarity, both models' in full: (best, worst) for display."""
+    """The rows whose similarity rose and fell most, both answers in full: (best, worst) for display."""
     from fiqa_helpers import show
 
     gain = [t - b for b, t in zip(base.values(PRIMARY), tuned.values(PRIMARY), strict=True)]
@@ -119,8 +127,8 @@ def changes(base: "Evaluated", tuned: "Evaluated", count: int = 5) -> tuple["Sho
         }
         return show.answers(questions, columns, caption)
 
-    best = shown(order[:count], f"The {count} rows that gained most similarity")
-    return best, shown(order[::-1][:count], f"The {count} rows that lost most similarity")
+    best = shown(order[:count], f"The {count} best changes in similarity")
+    return best, shown(order[::-1][:count], f"The {count} worst changes in similarity")
 
 
 def save(

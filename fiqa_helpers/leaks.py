@@ -38,26 +38,29 @@ def refuse_leak(card: dict, rows: Sequence[dict], workspace: "Workspace") -> str
 
 
 def training_questions(card: dict, workspace: "Workspace") -> set[str] | None:
-    """Questions, normalized, of the training and validation splits that `card` names by fingerprint.
+    """Questions, normalized, of the training and validation splits that `card` names.
 
-    They are looked for in the workspace and in the packaged rows; None when they are in neither.
+    It names them by fingerprint; the rows are looked for in the workspace and in the packaged ones. A card
+    without fingerprints may still say that the data was packaged. None when the rows are not to be found.
     """
     definition = card.get("definition", {})
-    wanted = {
-        split: definition[f"{split}_sha256"]
-        for split in ("train", "validation")
-        if f"{split}_sha256" in definition
-    }
-    if "train" not in wanted:
+    splits = ("train", "validation")
+    wanted = {split: definition[f"{split}_sha256"] for split in splits if f"{split}_sha256" in definition}
+    packaged = definition.get("data", card.get("profile", {}).get("data")) == "packaged"
+    if "train" not in wanted and not packaged:
         return None
     for load in (lambda: read_processed(workspace.data), lambda: load_with_report("packaged")[0]):
         try:
-            splits = load()
+            found = load()
         except WorkshopError:
             continue
-        if all(fingerprint(splits[split]) == digest for split, digest in wanted.items()):
-            return {normalized(question) for split in wanted for question in splits[split]["question"]}
-    return None
+        if wanted and all(fingerprint(found[split]) == digest for split, digest in wanted.items()):
+            break
+    else:
+        if not packaged:
+            return None
+        found = load_with_report("packaged")[0]
+    return {normalized(question) for split in splits for question in found[split]["question"]}
 
 
 def normalized(question: str) -> str:

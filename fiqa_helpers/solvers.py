@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import urllib.error
 import urllib.request
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -166,23 +167,28 @@ class EndpointSolver:
         return text.removeprefix(bos) if bos and self.style == "chat" else text
 
     def check(self) -> None:
-        """Ask the server for its models.
+        """Ask for one token, which a server may first have to load its model for.
 
         Raises:
-            WorkshopError: nobody answers at the URL, or it does not serve the model.
+            WorkshopError: nobody answers at the URL, or not with this model.
         """
-        request = urllib.request.Request(f"{self.url}/models", headers=_authorization())
+        body = {"model": self.name, "prompt": "Question: What is a bond?", "max_tokens": 1}
+        headers = {"Content-Type": "application/json", **_authorization()}
+        request = urllib.request.Request(f"{self.url}/completions", json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=20) as reply:
-                served = [model["id"] for model in json.load(reply)["data"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = getattr(error, "reason", error)
+            with urllib.request.urlopen(request, timeout=600) as reply:
+                json.load(reply)["choices"][0]["text"]
+        except urllib.error.HTTPError as error:
+            said = " ".join(error.read(500).decode("utf-8", "replace").split())
             raise WorkshopError(
-                f"No OpenAI-compatible server answers at {self.url} ({reason}): start it first; the URL "
-                "ends in /v1."
+                f"{self.url} does not answer for model {self.name!r} ({error.code} {said[:200]}): check the "
+                "name that it is served under."
             ) from None
-        if self.name not in served:
-            raise WorkshopError(f"{self.url} has no model {self.name!r}; it serves {', '.join(served)}.")
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise WorkshopError(
+                f"No OpenAI-compatible server answers at {self.url} "
+                f"({getattr(error, 'reason', error)}): start it first; the URL ends in /v1."
+            ) from None
 
     async def solve(self, task: "SeedResult") -> "SolveResult":
         """Called by the SDK for every row; retries and time limits are the SDK's."""

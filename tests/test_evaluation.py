@@ -258,6 +258,47 @@ def test_an_interrupt_ends_at_the_next_token(workspace, rows, adapted, tiny_toke
     assert evaluate(workspace, rows, again, similarity, "tuned").reused == 3
 
 
+PROGRESS = """
+from fiqa_helpers.eval_progress import EvalProgress
+progress = EvalProgress("base", 40, 10)
+for i in range(40):
+    progress.on_step()
+    progress._last -= 60
+    progress.show()
+progress.close()
+"""
+
+
+@pytest.mark.parametrize("person", [True, False])
+def test_progress_leaves_one_line_in_a_notebook(person, monkeypatch, tmp_path, capfd):
+    """A line for every step would bury the notebook; a lost last line would leave no result."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("JPY_SESSION_NAME", "x") if person else monkeypatch.delenv("JPY_SESSION_NAME", False)
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(PROGRESS)])
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    (output,) = notebook.cells[0].outputs
+    text = output.data["text/plain"] if person else output.text.rstrip()
+    assert text.startswith("base: 40 answers in ") and text.endswith("10 of them kept from before")
+    assert "\n" not in text
+    assert person or "base: 39 of 40 answers, 0 s left" in capfd.readouterr().err
+
+
+def test_time_left_counts_what_is_in_work(monkeypatch):
+    """Kept answers cost nothing: counted as work they would promise an end that is far too near."""
+    from fiqa_helpers import eval_progress
+
+    now = [100.0]
+    monkeypatch.setattr(eval_progress.time, "perf_counter", lambda: now[0])
+    progress = eval_progress.EvalProgress("tuned", 100, reused=40, in_batch=lambda: 5.0)
+    for _ in range(45):
+        progress.on_step()
+    now[0] += 10
+    assert progress.line() == "tuned: 50 of 100 answers, 50 s left"  # 10 new ones in 10 s, 50 to go
+    assert [eval_progress.duration(t) for t in (59, 200, 7500)] == ["59 s", "3 min 20 s", "2 h 5 min"]
+
+
 def test_two_at_once_are_refused(workspace, rows, adapted, tiny_tokenizer, similarity):
     """Two processes that append to one log would answer everything twice."""
     from filelock import FileLock
@@ -368,13 +409,15 @@ def test_a_leak_is_found_in_rows_of_ones_own(workspace, fiqa_rows):
     with pytest.raises(WorkshopError, match="10 of these 10"):
         leaks.refuse_leak(card, list(own["train"]), workspace)
     assert "None of the 10" in leaks.refuse_leak(card, list(own["test"]), workspace)
-    for unknown in ({}, {"definition": {"train_sha256": "0" * 64}}):
+    with pytest.raises(WorkshopError, match="10 of these 10"):  # an older card, without fingerprints
+        leaks.refuse_leak({"profile": {"data": "packaged"}}, list(own["train"]), workspace)
+    for unknown in ({}, {"definition": {"train_sha256": "0" * 64}}, {"profile": {"data": "hub"}}):
         assert "cannot be ruled out" in leaks.refuse_leak(unknown, list(own["test"]), workspace)
 
 
 @pytest.fixture
 def server():
-    """A local server of the OpenAI protocol's two routes; it answers every prompt with the prompt's end."""
+    """A local server of the OpenAI protocol's completions; it answers every prompt with its question."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -389,15 +432,15 @@ def server():
             self.end_headers()
             self.wfile.write(body)
 
-        def do_GET(self):
-            self.reply({"data": [{"id": "base"}, {"id": "broken"}]})
-
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(request)
-            if request["model"] == "broken":
-                self.reply({"error": "no"}, status=400)
+            if request["max_tokens"] == 1 and request["model"] in ("base", "breaks"):  # the check before it
+                self.reply({"choices": [{"text": "A"}]})
                 return
+            if request["model"] != "base":
+                self.reply({"error": f"there is no {request['model']}"}, status=404)
+                return
+            asked.append(request)
             text = " " + request["prompt"].split("Question: ")[1].removesuffix("\n\nAnswer:")
             self.reply(
                 {"choices": [{"text": text, "finish_reason": "stop"}], "usage": {"completion_tokens": 5}}
@@ -430,10 +473,10 @@ def test_an_endpoint_gets_the_workshops_own_prompt(workspace, rows, tiny_tokeniz
 def test_a_server_that_fails_is_named(workspace, rows, tiny_tokenizer, similarity, server):
     """A dead or refusing server must not become a table of zeros."""
     url, _ = server
-    with pytest.raises(WorkshopError, match="serves base, broken"):
+    with pytest.raises(WorkshopError, match="404.*there is no tuned"):
         evaluate(workspace, rows, EndpointSolver(url, "tuned", tiny_tokenizer), similarity, "tuned")
     with pytest.raises(WorkshopError, match="gave no answer to row 0"):
-        evaluate(workspace, rows, EndpointSolver(url, "broken", tiny_tokenizer), similarity, "tuned")
+        evaluate(workspace, rows, EndpointSolver(url, "breaks", tiny_tokenizer), similarity, "tuned")
     with pytest.raises(WorkshopError, match="No OpenAI-compatible server"):
         EndpointSolver("http://127.0.0.1:9/v1", "base", tiny_tokenizer).check()
     with pytest.raises(WorkshopError, match="no_repeat_ngram_size"):
@@ -500,3 +543,57 @@ def test_a_broken_adapter_is_reported_as_worse(workspace, fiqa_rows, smollm2, si
     found = evaluation_report.compare_all(base, tuned)
     assert {found[name].verdict for name in ("similarity", "token_f1", "rouge_l", "nll")} == {"worse"}
     assert found["similarity"].win_rate < 0.3
+
+
+@pytest.mark.slow
+def test_a_served_model_gives_the_answers_of_the_same_model_here(
+    workspace, fiqa_rows, smollm2, similarity, tmp_path
+):
+    """Another prompt, a second BOS or sampling on the way to a server would change the answers."""
+    import socket
+
+    from fiqa_helpers import model
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = os.path.join(os.path.dirname(sys.executable), "transformers")
+    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    with open(tmp_path / "server.log", "wb") as log:
+        server = subprocess.Popen([program, "serve", str(smollm2), *options], stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 300
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None and time.monotonic() < deadline, (
+                tmp_path / "server.log"
+            ).read_text()[-3000:]
+            time.sleep(0.5)
+        rows = sorted(fiqa_rows, key=lambda row: len(row["ground_truths"][0]))[30:34]
+        profile = profiles.load_profile("laptop")
+        tokenizer = model.load_tokenizer(profile)
+        decoding = Decoding(16)
+        endpoint = EndpointSolver(f"http://127.0.0.1:{port}/v1", str(smollm2), tokenizer, "plain", decoding)
+        there = evaluate(workspace, rows, endpoint, similarity, "served")
+    finally:
+        server.kill()
+        server.wait()
+    here = evaluate(
+        workspace,
+        rows,
+        solver_for(model.load_base(profile), tokenizer, decoding=decoding),
+        similarity,
+        "here",
+    )
+    assert there.folder != here.folder
+    for served, own in zip(there.samples, here.samples, strict=True):
+        assert (served["answer"], served["stopped"]) == (own["answer"], own["stopped"])
+
+
+def answers(url):
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return reply.status == 200
+    except OSError:
+        return False
