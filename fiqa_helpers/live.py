@@ -9,7 +9,13 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from fiqa_helpers.panel_guard import as_sample, memory_gib, remove_progress_callbacks, undisturbed
+from fiqa_helpers.panel_guard import (
+    as_sample,
+    memory_gib,
+    remove_progress_callbacks,
+    undisturbed,
+    uninterrupted,
+)
 from fiqa_helpers.panel_output import HeadlessOutput, JupyterOutput
 from fiqa_helpers.panel_picture import draw_png
 from fiqa_helpers.panel_record import LOGGED, PanelRecord
@@ -85,6 +91,12 @@ class LivePanel(TrainerCallback, PanelRecord):
             self.stopped = self.stopped or "interrupted"
         elif kind is not None:
             self.failed = kind.__name__
+        with uninterrupted():
+            self._close()
+        return interrupted
+
+    def _close(self) -> None:
+        """Put the picture and a line of text in place of the panel."""
         self.closed = time.perf_counter()
         png = draw_png(self.view(), f"{self.title}: {self.outcome}")
         self.picture_seconds = time.perf_counter() - self.closed
@@ -92,7 +104,6 @@ class LivePanel(TrainerCallback, PanelRecord):
             Path(self.png).parent.mkdir(parents=True, exist_ok=True)
             Path(self.png).write_bytes(png)
         self._output.close(png, self.summary)
-        return interrupted
 
     @property
     def outcome(self) -> str:
@@ -130,7 +141,8 @@ class LivePanel(TrainerCallback, PanelRecord):
         self.step = state.global_step
         self._step_seconds = time.perf_counter() - self._step_began
         self.note_down(self.step, memory_gib=memory_gib())
-        if not self._output.stop.is_set() and self._sample_is_due():
+        due = self.sample_steps > 0 and (self.step % self.sample_steps == 0 or self.step >= self.total)
+        if (due or self._output.sample_now.is_set()) and not self._output.stop.is_set():
             self._sample(model, self.step)
         self._obey(args, control)
         self._show(EVALUATING if control.should_evaluate else TRAINING)
@@ -146,13 +158,6 @@ class LivePanel(TrainerCallback, PanelRecord):
     def on_save(self, args, state, control, **kwargs):
         self._obey(args, control, saved=True)
         self._show(TRAINING)
-
-    # Sampling
-
-    def _sample_is_due(self) -> bool:
-        if self._output.sample_now.is_set():
-            return True
-        return self.sample_steps > 0 and (self.step % self.sample_steps == 0 or self.step >= self.total)
 
     def _sample(self, model, step: int) -> None:
         """Ask the model in memory; a sample that fails is noted, it doesn't end the training."""
@@ -180,8 +185,6 @@ class LivePanel(TrainerCallback, PanelRecord):
         if self._output.stop.is_set():  # there is no step yet after which Trainer could stop
             raise StopTraining
 
-    # Stopping
-
     def request_stop(self, at_once: bool = False) -> None:
         """What the Stop button does; `at_once`, its second press. Safe to call from another thread."""
         self._output.stop.set()
@@ -206,8 +209,6 @@ class LivePanel(TrainerCallback, PanelRecord):
         if self._output.stop_now.is_set() or (self._output.stop.is_set() and not module.training):
             self.stopped = "Stop button"
             raise StopTraining
-
-    # Drawing
 
     def view(self) -> View:
         """What there is to draw now."""

@@ -1,6 +1,8 @@
 """Watching a Trainer without changing what it does: sampling, other progress displays, memory."""
 
 import random
+import signal
+import threading
 from contextlib import contextmanager
 
 
@@ -30,6 +32,19 @@ def undisturbed(model):
         model.train(was_training)
         random.setstate(states[0])
         numpy.random.set_state(states[1])
+
+
+@contextmanager
+def uninterrupted():
+    """Ignore the interrupt button for a moment: an impatient second press must not spoil the first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler or signal.default_int_handler)
 
 
 def as_sample(step: int, answers: list) -> dict:

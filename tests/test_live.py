@@ -311,6 +311,24 @@ def test_stop_interrupts_samples_and_evaluations(tmp_path):
     assert "eval_loss" not in panel.history[-1]
 
 
+def test_an_impatient_second_interrupt_changes_nothing(tmp_path, monkeypatch):
+    """While the last picture is drawn, a second interrupt would leave a traceback and a half-closed panel."""
+    import signal
+
+    from fiqa_helpers import live
+
+    real = live.draw_png
+    monkeypatch.setattr(live, "draw_png", lambda *args: signal.raise_signal(signal.SIGINT) or real(*args))
+    panel, _, _ = run_with_panel(
+        tmp_path,
+        40,
+        before=lambda panel, trainer: trainer.add_callback(At(3, lambda: signal.raise_signal(signal.SIGINT))),
+    )
+    assert panel.outcome == "stopped at step 3 of 40 (interrupted)" and panel.png.is_file()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
 def test_the_second_press_ends_inside_a_step(tmp_path):
     """With long steps a person wants out now; the weights must be those of the last whole step."""
 

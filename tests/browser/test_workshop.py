@@ -10,6 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
 from browser import Notebook
 from panel_watch import SEEN, WATCH, at_step
@@ -23,6 +24,7 @@ SHORT = (
     "sample_steps: 2, max_new_tokens: 16}"
 )
 LONG = SHORT.replace("max_steps: 6", "max_steps: 8")
+COST = "print('cost', panel.drawing_seconds, panel.picture_seconds, panel.seconds)"
 STOPPED = re.compile(r"stopped at step (\d+) of (\d+) \((.*?)\)")
 
 
@@ -34,6 +36,8 @@ def place(folder: Path, workdir: Path, number: str, **parameters) -> str:
     values = {"profile": "laptop", "overrides": SHORT, "workdir": str(workdir), **parameters}
     source = load_notebook_node(str(NOTEBOOKS / NAMES[number]))
     notebook = parameterize_notebook(source, values)
+    if number == "04":  # what the panel says it cost, for the test to read
+        notebook.cells.append(nbformat.v4.new_code_cell(COST, id="cost"))
     name = f"{workdir.name}_{NAMES[number]}"
     (folder / name).write_text(json.dumps(notebook), encoding="utf-8")
     return name
@@ -118,6 +122,9 @@ def test_training_is_watched_in_one_place(training, page, served):
     assert not [output for output in outputs if any("widget" in kind for kind in output.get("data", {}))]
     assert "widgets" not in saved["metadata"]
     assert (workdir / "outputs/plots/04_training.png").is_file()
+    drawing, picture, seconds = (float(word) for word in notebook.text("cost").split()[1:])
+    print(f"drawing {drawing:.2f} s, {drawing / seconds:.2%} of {seconds:.0f} s; the picture {picture:.2f} s")
+    assert drawing <= 0.01 * seconds
     notebook.shot("training-finished")
 
 
