@@ -3,7 +3,6 @@
 import contextlib
 import fnmatch
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,8 +103,8 @@ def _build(recipe: RecipeFile, gpus: int, tokenizer: "PreTrainedTokenizerBase | 
         steps = settings.build(loader, gpus, local)
         total = min(steps.max_steps, steps.num_epochs * steps.epoch_len)
     with _errors_of(recipe, "optimizer"):
+        _refuse_rate(recipe)
         optimizer = config.optimizer.build(skeleton, is_peft=True)
-        _refuse_rate(recipe, optimizer[0].param_groups[0]["lr"])
     _refuse_warmup(recipe, total)
     with _errors_of(recipe, "lr_scheduler"):
         schedule = config.lr_scheduler.build(optimizer, steps)[0]
@@ -209,9 +208,10 @@ def _add_lora(recipe: RecipeFile, skeleton, peft) -> list[str]:
     return found
 
 
-def _refuse_rate(recipe: RecipeFile, rate: object) -> None:
-    if not isinstance(rate, float | int) or not math.isfinite(rate) or not 0 < rate < 1:
-        raise recipe.error("optimizer.lr", f"lr is {rate!r}: it must be a number between 0 and 1.")
+def _refuse_rate(recipe: RecipeFile) -> None:
+    rate = recipe.get("optimizer.lr")
+    if not isinstance(rate, float | int) or not 0 < rate < 1:
+        raise recipe.error("optimizer.lr", f"lr is {rate!r}: it must be a number below 1, such as 2.0e-4.")
 
 
 def _refuse_warmup(recipe: RecipeFile, total: int) -> None:

@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.launch import launch_line, refuse_old_run
+from fiqa_helpers.launch import launch_line
 from fiqa_helpers.live import EVALUATING, TRAINING, LivePanel
+from fiqa_helpers.recipe_check import check_recipe
 from fiqa_helpers.recipe_schema import read_recipe
 
 POLL = 0.3  # seconds between two looks at the metrics
@@ -87,12 +88,10 @@ def run_recipe(
     interrupt) asks NeMo for a checkpoint and ends the run.
 
     Raises:
-        WorkshopError: the recipe does not fit that many processes, would go on with another run, or failed.
+        WorkshopError: what `check_recipe` refuses, before any process is started; or the run failed.
     """
-    recipe = read_recipe(Path(path))
-    if not resume:
-        refuse_old_run(recipe)
-    folder = Path(recipe.get("checkpoint.checkpoint_dir"))
+    check_recipe(path, processes, resume=resume)
+    folder = Path(read_recipe(Path(path)).get("checkpoint.checkpoint_dir"))
     folder.mkdir(parents=True, exist_ok=True)
     line = launch_line(path, processes, cpu=cpu, python=sys.executable)
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}

@@ -32,15 +32,16 @@ class Server:
 
     def ask(
         self,
-        folder: Path,
+        model: Path | str,
         questions: Sequence[str],
         tokenizer: "PreTrainedTokenizerBase",
         style: str = "plain",
         max_new_tokens: int = 128,
     ) -> list[Answer]:
-        """Greedy answers of the model in `folder`, through the official `openai` client and the raw prompt.
+        """Greedy answers of `model` (a folder, or a hub id in the cache), by the official `openai` client.
 
-        The server adds a BOS token by itself where the tokenizer has one, so it is left out of the text.
+        The prompt goes as raw text to `/v1/completions`. The server adds a BOS token by itself where the
+        tokenizer has one, so it is left out of the text.
 
         Raises:
             WorkshopError: the client is not installed, or the server refused or failed.
@@ -53,7 +54,7 @@ class Server:
             ) from None
         from fiqa_helpers.prompts import build_prompt
 
-        refuse_name(folder)
+        refuse_name(model)
         client = openai.OpenAI(base_url=self.url, api_key="none", timeout=600, max_retries=0)
         bos, found = tokenizer.bos_token, []
         for question in questions:
@@ -62,7 +63,7 @@ class Server:
                 prompt = prompt.removeprefix(bos)
             try:
                 reply = client.completions.create(
-                    model=str(folder), prompt=prompt, max_tokens=max_new_tokens, temperature=0.0
+                    model=str(model), prompt=prompt, max_tokens=max_new_tokens, temperature=0.0
                 )
             except openai.OpenAIError as error:
                 raise WorkshopError(f"The server could not answer ({error}): look at {self.log}.") from None
@@ -103,11 +104,12 @@ def serving(log: Path, dtype: str = "auto") -> Iterator[Server]:
                 process.wait()
 
 
-def refuse_name(folder: Path) -> None:
+def refuse_name(model: Path | str) -> None:
     """Raises:
-    WorkshopError: there is no model in `folder`, or its path has an @, where the server expects a revision.
+    WorkshopError: a folder without a model, or a path with an @, where the server expects a revision.
     """
-    if not (folder / "config.json").is_file():
+    folder = Path(model)
+    if (folder.is_absolute() or folder.exists()) and not (folder / "config.json").is_file():
         raise WorkshopError(f"{folder} holds no model (config.json): merge the adapter first.")
     if "@" in str(folder):
         raise WorkshopError(f"{folder} has an @ in its path, which the server reads as a revision: move it.")

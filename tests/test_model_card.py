@@ -1,0 +1,141 @@
+"""The model card: everything from the run card, no metric without floor and interval, nothing invented."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import yaml
+
+from fiqa_helpers import model_card
+from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.intervals import compare
+from fiqa_helpers.profiles import PROFILES
+
+
+def run_card(**changes) -> dict:
+    """What notebook 04 writes beside an adapter."""
+    card = {
+        "profile": asdict(PROFILES["laptop"]),
+        "outcome": "finished 10 steps",
+        "finished": True,
+        "validation_loss": {"before": 3.372, "best": 3.188},
+        "versions": {"torch": "2.14.1", "triton": "not installed"},
+        "git_revision": "abc123",
+    }
+    return card | changes
+
+
+@pytest.fixture
+def evaluation():
+    """Notebook 06's summary, from the code that makes it."""
+    base, tuned = [0.4, 0.5, 0.3, 0.45, 0.2], [0.5, 0.5, 0.35, 0.4, 0.3]
+    return {
+        "rows": 5,
+        "test_rows": 100,
+        "comparisons": {"similarity": compare("similarity", base, tuned).as_row()},
+        "floors": {"echo the question": {"similarity": 0.527}, "another answer": {"similarity": 0.111}},
+    }
+
+
+def written(tmp_path, *arguments, **keywords) -> tuple[dict, str]:
+    """Front matter and text of a card."""
+    text = model_card.write_model_card(tmp_path, *arguments, **keywords).read_text()
+    _, front, body = text.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_what_the_hub_reads(tmp_path):
+    """A wrong licence or base model in the front matter is a false statement about somebody's work."""
+    front, body = written(tmp_path, run_card())
+    assert front["license"] == "apache-2.0"
+    assert front["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert front["base_model_relation"] == "adapter"
+    assert front["library_name"] == "peft"
+    assert front["datasets"] == ["explodinggradients/fiqa"]
+    assert "test split" in body, "trained on the packaged rows, which are the hub's test split"
+    assert "CC-BY-SA-4.0" in body
+    front, body = written(tmp_path, run_card(profile=asdict(PROFILES["gpu80"])), merged=True)
+    assert front["license"] == "other"
+    assert front["base_model_relation"] == "merge"
+    assert "NVIDIA Open Model License" in body
+    assert "Llama 3.1 Community License" in body
+    assert "Built with Llama" in body
+
+
+def test_hub_library_takes_it(tmp_path):
+    """huggingface_hub parses the card as the hub does."""
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(model_card.write_model_card(tmp_path, run_card()))
+    assert card.data.license == "apache-2.0"
+    assert card.data.pipeline_tag == "text-generation"
+
+
+def test_settings_and_prompt(tmp_path):
+    """Whoever loads the adapter needs the exact prompt; whoever repeats the run needs the settings."""
+    from fiqa_helpers.prompts import SYSTEM_TEXT
+
+    _, body = written(tmp_path, run_card())
+    for fact in (
+        "rank 8",
+        "alpha 32",
+        "0.002",
+        "8 rows a step",
+        "320 tokens",
+        "3.372 -> 3.188",
+        "torch 2.14.1",
+    ):
+        assert fact in body, fact
+    assert f"{SYSTEM_TEXT}\n\nQuestion: {{question}}\n\nAnswer:\n```" in body
+    assert "not installed" not in body
+
+
+def test_no_metric_without_floor_and_interval(tmp_path, evaluation):
+    """A bare 0.40 would be read as 40 %."""
+    _, body = written(tmp_path, run_card(), evaluation)
+    line = next(line for line in body.splitlines() if line.startswith("| semantic similarity"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    found = evaluation["comparisons"]["similarity"]
+    assert cells[2:4] == [f"{found['base']:.3f}", f"{found['tuned']:.3f}"]
+    assert cells[5] == f"{found['low']:+.3f} to {found['high']:+.3f}"
+    assert cells[6:] == ["0.527", "0.111"]
+    assert "5 of 100 test rows" in body
+    assert "few rows" in body
+
+
+def test_without_an_evaluation(tmp_path):
+    """Then the card must say so."""
+    _, body = written(tmp_path, run_card(), None)
+    assert "has not been evaluated" in body
+    assert model_card.read_evaluation(tmp_path) is None
+
+
+def test_a_stopped_run_is_no_finished_one(tmp_path):
+    """An adapter from step 3 of 10 says so."""
+    _, body = written(tmp_path, run_card(finished=False, outcome="stopped at step 3 of 10 (Stop button)"))
+    assert "The training did not finish: stopped at step 3 of 10" in body
+
+
+def test_a_folder_as_base_model(tmp_path):
+    """A path of somebody's machine is no base model on the hub."""
+    profile = replace(PROFILES["laptop"], model="/models/mine")
+    front, _ = written(tmp_path, run_card(profile=asdict(profile)))
+    assert "base_model" not in front
+
+
+@pytest.mark.parametrize("missing", ["profile", "versions"])
+def test_damaged_cards_are_said(tmp_path, missing):
+    """A card with holes, silently filled, would state things that nobody did."""
+    card = run_card()
+    del card[missing]
+    with pytest.raises(WorkshopError, match="run notebooks 04 and 06 again"):
+        model_card.write_model_card(tmp_path, card)
+    assert not (tmp_path / "README.md").exists()
+    with pytest.raises(WorkshopError, match="There is no folder"):
+        model_card.write_model_card(tmp_path / "none", run_card())
+
+
+def test_an_evaluation_without_floors_is_refused(tmp_path, evaluation):
+    """Floors left out would leave metrics bare."""
+    del evaluation["floors"]
+    with pytest.raises(WorkshopError, match="lacks what a model card needs"):
+        model_card.write_model_card(tmp_path, run_card(), evaluation)

@@ -1,0 +1,240 @@
+"""Recipes that really run on this machine's CPU: one process, two with FSDP2 and gloo, killed, resumed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fiqa_helpers import data, launch, model, notebook, recipe
+from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.paths import Workspace
+from fiqa_helpers.profiles import load_profile
+from fiqa_helpers.recipe_follow import RecipePanel, newest_adapter, read_metrics, run_recipe, why_it_failed
+
+STEPS = 4
+TESTS = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Profile tiny without dropout, which processes draw each for themselves."""
+    workspace = Workspace(str(tmp_path_factory.mktemp("recipe_run")))
+    data.write_processed(data.load_with_report("packaged")[0], workspace.data)
+    profile = load_profile("tiny", f"{{max_steps: {STEPS}, lora_dropout: 0.0, learning_rate: 0.02}}")
+    return notebook.Run("07", {}, profile, workspace)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def child_on_the_path():
+    """torchrun's processes must find tests/recipe_child.py, and this one must for the check."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), before]))
+    sys.path.insert(0, str(TESTS))
+    yield
+    sys.path.remove(str(TESTS))
+    os.environ.pop("PYTHONPATH")
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
+
+
+def make(run, name: str, processes: int) -> Path:
+    """A recipe whose adapters begin alike."""
+    folder = run.workspace.root / name
+    path = recipe.write_recipe(run, folder / "r.yaml", folder / "out", processes)
+    path.write_text(path.read_text().replace("fiqa_helpers.recipe_run.FiqaRecipe", "recipe_child.SameStart"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def one(run):
+    """One process: (recipe, panel, adapter)."""
+    path = make(run, "one", 1)
+    panel = RecipePanel("one process", live=False)
+    return path, panel, run_recipe(path, panel, 1, cpu=True)
+
+
+@pytest.fixture(scope="module")
+def two(run):
+    """Two processes: (recipe, panel, adapter)."""
+    path = make(run, "two", 2)
+    panel = RecipePanel("two processes", live=False)
+    return path, panel, run_recipe(path, panel, 2, cpu=True)
+
+
+def tensors(adapter: Path) -> dict:
+    """The adapter's matrices by name."""
+    from safetensors.torch import load_file
+
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+def test_metrics_of_every_step(run, one):
+    """NeMo keeps a hundred records back and logs the next step's rate: the panel would be empty or wrong."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path, panel, _ = one
+    assert panel.outcome == f"finished {STEPS} steps"
+    assert [row["step"] for row in panel.history] == [1, 2, 3, 4]
+    peak = run.profile.learning_rate
+    assert [row["learning_rate"] for row in panel.history] == pytest.approx([0, peak, peak * 2 / 3, peak / 3])
+    assert [row["step"] for row in panel.history if "eval_loss" in row] == [2, 4]
+    assert all(0.1 < row["memory_gib"] < 20 for row in panel.history)
+    board = EventAccumulator(str(path.parent / "out" / "tensorboard")).Reload()
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(
+        [row["loss"] for row in panel.history]
+    )
+    assert len(board.Scalars("validation/val_loss")) == 2
+
+
+def test_adapter_loads_with_peft(run, one):
+    """Every matrix must find its layer: PEFT leaves out what it doesn't know and goes on."""
+    import torch
+    from peft import PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    _, _, adapter = one
+    base = AutoModelForCausalLM.from_pretrained(run.workspace.root / "one" / "random_model")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+        tuned = PeftModel.from_pretrained(base, adapter)
+        after = tuned(input_ids=ids).logits
+    assert (after - before).abs().max() > 1e-4
+    saved = tensors(adapter)
+    loaded = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if "lora_" in n}
+    assert saved.keys() == loaded.keys()
+    assert all(saved[name].equal(loaded[name].detach()) for name in saved)
+    assert all(saved[name].abs().max() > 0 for name in saved if "lora_B" in name)
+    ours = get_peft_model(model.tiny_model(model.load_tokenizer(run.profile)), model.lora_config(run.profile))
+    assert {n.replace(".default", "") for n, p in ours.named_parameters() if p.requires_grad} == saved.keys()
+
+
+@pytest.mark.slow
+def test_the_log_says_why(run, tmp_path):
+    """A run that fails in its processes ends in one sentence with the cause, not with torchrun's summary."""
+    path = recipe.write_recipe(
+        replace(run, profile=replace(run.profile, max_steps=1)), tmp_path / "r.yaml", tmp_path / "out"
+    )
+    panel = RecipePanel("to fail", live=False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tensorboard").touch()  # a file where a folder is wanted
+    with pytest.raises(WorkshopError, match=r"The recipe failed \((FileExists|NotADirectory)Error.*run.log"):
+        run_recipe(path, panel, 1, cpu=True)
+    assert panel.failed is not None
+
+
+def test_causes_are_found(tmp_path):
+    """The first error is the cause; torchrun's own comes last and says nothing."""
+    log = tmp_path / "run.log"
+    log.write_text(
+        "ValueError: of an earlier run\n"
+        "[rank1]: Traceback (most recent call last):\n"
+        "[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n"
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+    )
+    said = why_it_failed(log, began=len("ValueError: of an earlier run\n"))
+    assert said.startswith("The recipe failed (OutOfMemoryError: CUDA out of memory")
+    log.write_text("killed\n")
+    assert "last lines" in why_it_failed(log)
+
+
+def test_half_a_line_of_metrics_waits(tmp_path):
+    """The file is read while it is written; and a step that a resumed run repeats counts once."""
+    record = {
+        "step": 0,
+        "loss": 2.0,
+        "lr": 0.0,
+        "tps": 5.0,
+        "mem": 1.0,
+        "steps": 3,
+        "num_tokens_per_step": 10,
+    }
+    lines = [
+        json.dumps(record | {"step": step, "loss": loss}) for step, loss in ((0, 3.0), (1, 2.0), (1, 1.0))
+    ]
+    (tmp_path / "training.jsonl").write_text("\n".join(lines) + '\n{"step": 2, "lo')
+    (tmp_path / "validation.jsonl").write_text('{"step": 1, "val_loss": 9.0}\n')
+    found = read_metrics(tmp_path)
+    assert [(row["step"], row["loss"]) for row in found] == [(1, 3.0), (2, 1.0)]
+    assert found[1]["eval_loss"] == 9.0
+
+
+def test_no_adapter_is_said(tmp_path):
+    """A run that ended before its first checkpoint."""
+    with pytest.raises(WorkshopError, match="holds no checkpoint"):
+        newest_adapter(tmp_path)
+
+
+def test_nothing_starts_with_a_broken_recipe(run, tmp_path):
+    """The check runs before any process does."""
+    path = recipe.write_recipe(run, tmp_path / "r.yaml", tmp_path / "out")
+    path.write_text(path.read_text().replace("dim: 8", "dimension: 8"))
+    with pytest.raises(WorkshopError, match="peft has no key dimension"):
+        run_recipe(path, RecipePanel("never", live=False), 1, cpu=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(one, two):
+    """FSDP2 shares weights and rows over two real processes: losses and adapters must not know."""
+    losses = [[row["loss"] for row in panel.history] for _, panel, _ in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0][-1] < losses[0][0] - 1e-3, "nothing was learned, so equality would show nothing"
+    single, shared = tensors(one[2]), tensors(two[2])
+    assert single.keys() == shared.keys()
+    for name in single:
+        assert shared[name].shape == single[name].shape
+        assert (shared[name] - single[name]).abs().max() < 2e-4, name  # Adam divides small gradients
+    log = (two[0].parent / "out" / "run.log").read_text()
+    assert "initializing torch distributed with 2 workers" in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_continues_from_its_checkpoint(run, one, two, processes):
+    """A run that ended at step 2 and goes on ends with the same adapter as one that was never stopped."""
+    whole = {1: one, 2: two}[processes]
+    path = make(run, f"resumed{processes}", processes)
+    folder = path.parent / "out"
+    folder.mkdir()
+    checkpoint = "epoch_0_step_1"
+    shutil.copytree(whole[0].parent / "out" / checkpoint, folder / checkpoint)
+    (folder / "LATEST").symlink_to(checkpoint)
+    with pytest.raises(WorkshopError, match="holds a run"):
+        run_recipe(path, RecipePanel("by accident", live=False), processes, cpu=True)
+    panel = RecipePanel("resumed", live=False)
+    adapter = run_recipe(path, panel, processes, cpu=True, resume=True)
+    assert [row["step"] for row in panel.history] == [3, 4]
+    expected = [row["loss"] for row in whole[1].history[2:]]
+    assert [row["loss"] for row in panel.history] == pytest.approx(expected, rel=1e-6)
+    before, after = tensors(whole[2]), tensors(adapter)
+    assert max((after[name] - before[name]).abs().max().item() for name in before) < 1e-6
+
+
+@pytest.mark.slow
+def test_sigterm_saves_a_checkpoint(run, tmp_path):
+    """Slurm's warning before the time is up: NeMo must save after the step at hand, and all processes end."""
+    long = replace(run, profile=replace(run.profile, max_steps=500, eval_steps=500))
+    path = recipe.write_recipe(long, tmp_path / "r.yaml", tmp_path / "out")
+    line = launch.launch_line(path, cpu=True, python=sys.executable)
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(line.split(), stdout=log, stderr=log)
+        try:
+            ends = time.monotonic() + 300
+            while not read_metrics(tmp_path / "out") and time.monotonic() < ends and process.poll() is None:
+                time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            process.wait(120)
+        finally:
+            process.kill()
+            process.wait()
+    steps = len(read_metrics(tmp_path / "out"))
+    assert 1 <= steps < 500
+    assert tensors(newest_adapter(tmp_path / "out"))
