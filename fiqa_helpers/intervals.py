@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 
 from fiqa_helpers.metrics import METRICS
 
+DRAWN_AT_ONCE = 10_000_000  # row numbers, 80 MB: all resamples of 648 rows, and not of 100,000
+BCA_ROWS = 5000  # its jackknife grows with the square of the rows; beyond, percentiles are as good
 RESAMPLES = 9999
 FEW_ROWS = 30  # below this a bootstrap interval itself is too narrow to be trusted to the digit
 
@@ -89,6 +91,8 @@ def compare(metric: str, base: Sequence[float], tuned: Sequence[float], seed: in
             paired=True,
             vectorized=True,
             n_resamples=RESAMPLES,
+            batch=max(1, DRAWN_AT_ONCE // len(differences)),
+            method="BCa" if len(differences) <= BCA_ROWS else "percentile",
             confidence_level=0.95,
             rng=np.random.default_rng(seed),
         ).confidence_interval
