@@ -1,5 +1,6 @@
 """An adapter written into its base model: a plain Hugging Face folder that any server loads, checked."""
 
+import gc
 import json
 import os
 import shutil
@@ -60,6 +61,7 @@ def merge_adapter(profile: "Profile", adapter: Path, target: Path) -> Merged:
         raise WorkshopError(f"{target} is not empty: name a new folder for the merged model.")
     refuse_other_base(adapter, model.model_path(profile))
     tokenizer = model.load_tokenizer(profile)
+    _free_memory()
     tuned = PeftModel.from_pretrained(_plain_model(profile, model.model_path(profile)), str(adapter)).eval()
     expected = probe_logits(tuned, tokenizer, profile.prompt)
     merged = tuned.merge_and_unload()
@@ -70,6 +72,7 @@ def merge_adapter(profile: "Profile", adapter: Path, target: Path) -> Merged:
             merged.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             del tuned, merged
+            _free_memory()
             report = _compare(partial, target, expected, tokenizer, profile)
             if target.exists():
                 target.rmdir()
@@ -130,6 +133,14 @@ def refuse_other_base(adapter: Path, base: str) -> None:
                 f"{weights} does not fit {base} (layer {layer_name}): it was trained on "
                 f"{settings.get('base_model_name_or_path') or 'another model'}; merge it with that one."
             )
+
+
+def _free_memory() -> None:
+    """Give back what deleted models held: two 8B models don't fit a 24 GB card."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without CUDA
 
 
 def _plain_model(profile: "Profile", name: str) -> "PreTrainedModel":

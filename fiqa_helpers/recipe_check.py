@@ -5,6 +5,7 @@ import fnmatch
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,8 +82,10 @@ def _build(recipe: RecipeFile, gpus: int, tokenizer: "PreTrainedTokenizerBase | 
     _refuse_targets(recipe)
     config = RecipeConfig(load_yaml_config(str(recipe.path)))
     for tracker in ("wandb", "mlflow"):
-        if tracker in recipe.values:
-            _refuse_missing_package(recipe, tracker)
+        if tracker in recipe.values and find_spec(tracker) is None:
+            raise recipe.error(
+                tracker, f"{tracker} is not installed: `pip install {tracker}`, or remove the section."
+            )
     with _errors_of(recipe, "model"):
         skeleton = _skeleton(str(recipe.get("model.pretrained_model_name_or_path")))
     base = sum(p.numel() for p in skeleton.parameters())
@@ -158,13 +161,6 @@ def _refuse_targets(recipe: RecipeFile) -> None:
         ) from None
     if not (isinstance(found, type) and issubclass(found, Parent)):
         raise recipe.error("recipe", f"{found.__name__} is no recipe for fine-tuning: use FiqaRecipe.")
-
-
-def _refuse_missing_package(recipe: RecipeFile, name: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec(name) is None:
-        raise recipe.error(name, f"{name} is not installed: `pip install {name}`, or remove the section.")
 
 
 def _skeleton(name: str):

@@ -3,16 +3,15 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fiqa_helpers import data, launch, model, notebook, recipe
+from fiqa_helpers import data, model, notebook, recipe
 from fiqa_helpers.errors import WorkshopError
 from fiqa_helpers.paths import Workspace
 from fiqa_helpers.profiles import load_profile
@@ -219,22 +218,26 @@ def test_continues_from_its_checkpoint(run, one, two, processes):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_a_checkpoint(run, tmp_path):
-    """Slurm's warning before the time is up: NeMo must save after the step at hand, and all processes end."""
+def test_stop_saves_a_checkpoint(run, tmp_path):
+    """Stop sends SIGTERM, as Slurm does before the time is up: NeMo must save after the step, and all end."""
     long = replace(run, profile=replace(run.profile, max_steps=500, eval_steps=500))
     path = recipe.write_recipe(long, tmp_path / "r.yaml", tmp_path / "out")
-    line = launch.launch_line(path, cpu=True, python=sys.executable)
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(line.split(), stdout=log, stderr=log)
-        try:
-            ends = time.monotonic() + 300
-            while not read_metrics(tmp_path / "out") and time.monotonic() < ends and process.poll() is None:
-                time.sleep(0.2)
-            process.send_signal(signal.SIGTERM)
-            process.wait(120)
-        finally:
-            process.kill()
-            process.wait()
-    steps = len(read_metrics(tmp_path / "out"))
-    assert 1 <= steps < 500
-    assert tensors(newest_adapter(tmp_path / "out"))
+    panel = RecipePanel("to be stopped", live=False)
+
+    def press_stop() -> None:
+        ends = time.monotonic() + 300
+        while not read_metrics(tmp_path / "out") and time.monotonic() < ends:
+            time.sleep(0.1)
+        panel._output.stop.set()
+
+    person = threading.Thread(target=press_stop)
+    person.start()
+    adapter = run_recipe(path, panel, 1, cpu=True)
+    person.join()
+    assert panel.stopped == "Stop button"
+    assert 1 <= panel.step < 500
+    assert panel.outcome == f"stopped at step {panel.step} of 500 (Stop button)"
+    assert tensors(adapter)
+    assert adapter.parent.name.endswith(f"_step_{panel.step - 1}"), (
+        "the step at hand is the one that is saved"
+    )
