@@ -72,7 +72,7 @@ build() {
         say "$venv does not hold Python 3.12 or 3.13: delete it, or choose another folder with make VENV=..."
         exit 1
     fi
-    say "Installing about 240 packages: 7.7 GB on the disk, 3 to 6 minutes on two cores with a fast connection."
+    say "Installing about 240 packages: 7.7 GB on the disk, 3 to 10 minutes on two cores with a fast connection."
     rm -f "$stamp" "$linked"
     started=$(date +%s)
     # setuptools is a dependency already, so building the project needs no second download of it.
