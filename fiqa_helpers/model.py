@@ -11,6 +11,7 @@ from unittest import mock
 from fiqa_helpers.errors import WorkshopError
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -70,7 +71,7 @@ def load_base(profile: "Profile", attn_implementation: str = "sdpa") -> "PreTrai
 
     dtype = getattr(torch, profile.dtype)
     if profile.model == "random":
-        return tiny_model(load_tokenizer(profile)).to(profile.device, dtype).eval()
+        return _cast(tiny_model(load_tokenizer(profile)), dtype).to(profile.device).eval()
     from nemo_automodel import NeMoAutoModelForCausalLM
 
     path = model_path(profile)
@@ -85,7 +86,17 @@ def load_base(profile: "Profile", attn_implementation: str = "sdpa") -> "PreTrai
             attn_implementation=attn_implementation,
             use_liger_kernel=torch.cuda.is_available(),
         )
-    return model.to(profile.device).eval()
+    return _cast(model, dtype).to(profile.device).eval()
+
+
+def _cast(model: "PreTrainedModel", dtype: "torch.dtype") -> "PreTrainedModel":
+    """The model with its weights in `dtype`. Buffers (RoPE's frequencies) keep their fp32, unlike in `.to()`.
+
+    NeMo AutoModel 0.7.0 keeps a checkpoint's dtype where it is wider than the one that is asked for.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 @contextlib.contextmanager

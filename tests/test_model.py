@@ -1,0 +1,337 @@
+"""Base models through NeMo AutoModel on a CPU, tokenizers, LoRA, counts, and what a broken folder says."""
+
+import json
+import shutil
+from importlib import metadata
+
+import pytest
+import torch
+from conftest import llama3_like
+
+from fiqa_helpers import model
+from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.profiles import PROFILES, REFERENCE, load_profile
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the shim is for machines without CUDA")
+
+
+def profile_of(folder) -> object:
+    return load_profile("laptop", json.dumps({"model": str(folder)}))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(llama3_tokenizer, tmp_path_factory):
+    """A whole model folder of half a megabyte: random weights, tokenizer with a chat template."""
+    folder = tmp_path_factory.mktemp("tiny_folder")
+    model.tiny_model(llama3_tokenizer).save_pretrained(folder)
+    llama3_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base():
+    """SmolLM2 with real weights, as the notebooks load it."""
+    return model.load_base(load_profile("laptop"))
+
+
+def logits(net) -> torch.Tensor:
+    with torch.no_grad():
+        return net(input_ids=torch.tensor([[1, 2683, 359, 253, 5356, 3216, 11173, 30]])).logits
+
+
+# --- NeMo AutoModel on a CPU
+
+
+def test_nemo_loads_the_real_model_as_transformers_does(base, smollm2):
+    """NeMo's own Llama in place of the Hugging Face class, another dtype, weights that were not loaded."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    assert torch.equal(logits(base), logits(plain))
+    assert hasattr(base, "generate") and not base.training
+    assert base.num_parameters() == plain.num_parameters() == 134_515_008
+    assert {p.dtype for p in base.parameters()} == {torch.float32}
+    assert {str(p.device) for p in base.parameters()} == {"cpu"}
+
+
+def test_smollm2_has_921600_trainable_parameters(base):
+    """LoRA on other layers, or of another rank, than the table in notebook 03 says."""
+    from peft import get_peft_model
+
+    tuned = get_peft_model(base, model.lora_config(load_profile("laptop")))
+    assert tuned.get_nb_trainable_parameters() == (921_600, 134_515_008 + 921_600)
+    config = tuned.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 32, 0.05)
+    assert {p.dtype for p in tuned.parameters() if p.requires_grad} == {torch.float32}
+    tuned.unload()
+
+
+def test_a_saved_adapter_gives_equal_logits_on_a_plain_model(base, smollm2, tmp_path):
+    """An adapter that only works where it was made: keys, scale or base other than PEFT's own loading has."""
+    from peft import PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    untuned = logits(base)
+    tuned = get_peft_model(base, model.lora_config(load_profile("laptop"))).eval()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(3)
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    expected = logits(tuned)
+    tuned.save_pretrained(tmp_path)
+    tuned.unload()
+    plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    again = PeftModel.from_pretrained(plain, tmp_path).eval()
+    assert torch.equal(logits(again), expected) and not torch.allclose(expected, untuned, atol=0.1)
+    with again.disable_adapter():
+        assert torch.equal(logits(again), untuned)
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 4e6
+
+
+def test_the_shim_is_written_for_this_version():
+    """NeMo AutoModel moved on: its questions may be others, and the pin in pyproject.toml no longer holds."""
+    assert metadata.version("nemo-automodel") == "0.7.0"
+
+
+@on_cpu
+def test_nemo_still_needs_the_shim_and_asks_as_it_assumes(tiny_folder):
+    """Two questions: an index for a device object, then the device for the weights; no more, no others."""
+    from nemo_automodel import NeMoAutoModelForCausalLM
+
+    arguments = {"dtype": torch.float32, "force_hf": True, "use_liger_kernel": False}
+    with pytest.raises((AssertionError, RuntimeError)):
+        NeMoAutoModelForCausalLM.from_pretrained(str(tiny_folder), **arguments)
+    answers = []
+    with model.nemo_on_cpu():
+        answer = torch.cuda.current_device
+        torch.cuda.current_device = lambda: answers.append(answer()) or answers[-1]
+        NeMoAutoModelForCausalLM.from_pretrained(str(tiny_folder), **arguments)
+    assert answers == [0, torch.device("cpu")]
+
+
+def test_the_shim_restores_what_it_replaced():
+    """A process in which torch.cuda answers wrongly for good, after an error above all."""
+    before = torch.cuda.current_device
+    with model.nemo_on_cpu():
+        assert torch.cuda.is_available() or torch.cuda.current_device is not before
+    assert torch.cuda.current_device is before
+    with pytest.raises(KeyError), model.nemo_on_cpu():
+        raise KeyError
+    assert torch.cuda.current_device is before
+
+
+def test_the_shim_does_nothing_where_cuda_is_there(monkeypatch):
+    """A model of a GPU machine loaded to the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.cuda.current_device
+    with model.nemo_on_cpu():
+        assert torch.cuda.current_device is before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_profile_decides_the_dtype(tiny_folder, dtype):
+    """NeMo AutoModel leaves an fp32 checkpoint in fp32 when bf16 is asked for: twice the memory."""
+    for name, values in (("laptop", {"model": str(tiny_folder)}), ("tiny", {})):
+        loaded = model.load_base(load_profile(name, json.dumps(values | {"dtype": dtype})))
+        assert {p.dtype for p in loaded.parameters()} == {getattr(torch, dtype)}
+        assert {b.dtype for b in loaded.buffers()} == {torch.float32}  # RoPE in bf16 would blur positions
+        assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight  # still tied
+
+
+# --- counts
+
+
+def test_the_8b_model_is_counted_exactly():
+    """The reference run's own figures, on any machine, without its weights."""
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config, lora = model.reference_config(), model.lora_config(REFERENCE)
+    assert model.count_parameters(config, lora) == (6_815_744, 8_030_261_248)
+    with torch.device("meta"):
+        tuned = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
+    assert tuned.get_nb_trainable_parameters() == (6_815_744, 8_037_076_992)  # what PEFT prints
+
+
+def test_the_gpu_profiles_train_what_the_reference_run_trains():
+    """A profile whose adapter is of another size than the recipe's."""
+    for name in ("gpu24", "gpu80"):
+        assert model.lora_config(PROFILES[name]).to_dict() == model.lora_config(REFERENCE).to_dict()
+
+
+def test_counting_follows_the_profile(llama3_tokenizer):
+    """A count that does not come from the model it is said to describe."""
+    config = model.tiny_model(llama3_tokenizer).config
+    profile = load_profile("tiny", "{lora_rank: 2, lora_targets: [q_proj]}")
+    trainable, base = model.count_parameters(config, model.lora_config(profile))
+    assert trainable == 2 * 2 * (64 + 64)  # 2 layers; A and B of rank 2 on a 64 x 64 layer
+    assert base == model.tiny_model(llama3_tokenizer).num_parameters()
+
+
+def test_the_tiny_model_is_the_same_every_time_and_leaves_the_random_state_alone(llama3_tokenizer):
+    """Tests that depend on the order in which they run."""
+    torch.manual_seed(1)
+    expected = torch.rand(2)
+    torch.manual_seed(1)
+    one, two = (model.tiny_model(llama3_tokenizer) for _ in range(2))
+    assert torch.equal(torch.rand(2), expected)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+# --- tokenizers
+
+
+def test_padding_is_never_the_end_token(tiny_tokenizer):
+    """With pad = eos the end token is masked like padding, and the model never learns to stop."""
+    laptop = model.load_tokenizer(load_profile("laptop"))
+    for tokenizer in (tiny_tokenizer, laptop):
+        assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, tokenizer.bos_token_id)
+        assert tokenizer.pad_token in tokenizer.all_special_tokens
+    assert laptop.get_vocab() == tiny_tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("pad", ["<|eot_id|>", None])
+def test_a_tokenizer_that_pads_with_its_end_gets_a_spare_token(llama3_tokenizer, tiny_folder, tmp_path, pad):
+    """Llama 3's tokenizer comes without a padding token, and many copies of it pad with the end token."""
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    tokenizer = llama3_like(llama3_tokenizer.chat_template)
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(tmp_path)
+    loaded = model.load_tokenizer(profile_of(tmp_path))
+    assert loaded.pad_token == "<|finetune_right_pad_id|>" and loaded.eos_token == "<|eot_id|>"
+    assert len(loaded) == len(tokenizer)  # a new token would need a larger embedding
+
+
+def test_a_tokenizer_without_a_spare_token_is_refused(tiny_folder, tmp_path):
+    """Padding with the end token after all, in silence."""
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        text = text.replace("<|finetune_right_pad_id|>", "<|other|>")
+        (tmp_path / name).write_text(text.replace('"pad_token": "<|other|>"', '"pad_token": "<|eot_id|>"'))
+    with pytest.raises(WorkshopError, match="no token to pad with besides its end token"):
+        model.load_tokenizer(profile_of(tmp_path))
+
+
+# --- what cannot be loaded
+
+
+def one_sentence(caught) -> str:
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500 and message.endswith(".")
+    return message
+
+
+@pytest.mark.parametrize("load", [model.load_tokenizer, model.load_base])
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("/nowhere/at/all", "There is no folder /nowhere/at/all: set model to a model's folder or a hub id"),
+        ("./not-here", "There is no folder not-here"),
+        ("~/not-here-either", "There is no folder .*not-here-either"),
+        ("no-such/model", "Cannot load no-such/model .*: check the name and the connection to the hub"),
+        ("nvidia/Llama-3.1-Nemotron-Nano-8B-v1", "Cannot load nvidia/Llama.*connection to the hub, or set"),
+        ("two words/and more/parts", "Cannot load two words/and more/parts .*: check the name"),
+    ],
+)  # fmt: skip
+def test_a_model_that_is_not_there(load, name, sentence):
+    """Sixty frames of a hub client, with the one useful line in the middle."""
+    with pytest.raises(WorkshopError, match=sentence) as caught:
+        load(profile_of(name))
+    one_sentence(caught)
+
+
+BROKEN = {
+    "no config": ("config.json", None, "holds no config.json: model must be a Hugging Face model folder"),
+    "config no JSON": ("config.json", b"{", "Cannot load .*config.json.*: check that its files are whole"),
+    "config empty": ("config.json", b"{}", "Cannot load .*model_type.*: check that its files are whole"),
+    "no weights": ("model.safetensors", None, "has no safetensors file: weights in other formats"),
+    "weights empty": ("model.safetensors", b"", "Cannot load .*: check that its files are whole"),
+    "weights cut": ("model.safetensors", 20_000, "Cannot load .*: check that its files are whole"),
+    "weights noise": ("model.safetensors", b"\xff" * 5_000, "Cannot load .*: check that its files are whole"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_damaged_folder(tiny_folder, tmp_path, broken):
+    """SafetensorError, JSONDecodeError, RuntimeError: none of them names the folder."""
+    file, content, sentence = BROKEN[broken]
+    folder = tmp_path / "mine"
+    shutil.copytree(tiny_folder, folder)
+    whole = (folder / file).read_bytes()
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_bytes(whole[:content] if isinstance(content, int) else content)
+    with pytest.raises(WorkshopError, match=sentence) as caught:
+        model.load_base(profile_of(folder))
+    assert "mine" in one_sentence(caught)
+
+
+def test_weights_of_another_size(tiny_folder, tmp_path):
+    """Weights and configuration of two models in one folder."""
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(WorkshopError, match="belong to one causal language model") as caught:
+        model.load_base(profile_of(tmp_path))
+    one_sentence(caught)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer(tiny_folder, tmp_path, file):
+    """An error of the tokenizers library that speaks of line 1, column 2, of nothing."""
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_text("{")
+    with pytest.raises(WorkshopError, match="Cannot load .*: check that its files are whole") as caught:
+        model.load_tokenizer(profile_of(tmp_path))
+    one_sentence(caught)
+
+
+def test_pickled_weights_are_not_loaded(tiny_folder, tmp_path):
+    """A pickle can run code when it is read, and NeMo AutoModel falls back to it."""
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.load_base(profile_of(tiny_folder)).state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        WorkshopError, match="has no safetensors file: weights in other formats are not loaded"
+    ):
+        model.load_base(profile_of(tmp_path))
+
+
+def test_code_in_a_model_folder_is_never_run(tiny_folder, tmp_path, monkeypatch):
+    """A question on the terminal whether to run it, answered with yes by habit; or no question at all."""
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    trace = tmp_path / "it-ran"
+    (tmp_path / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    auto_map = {
+        "AutoConfig": "evil.Config",
+        "AutoModelForCausalLM": "evil.Model",
+        "AutoTokenizer": "evil.Model",
+    }
+    config = {"model_type": "evil", "auto_map": auto_map}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    with pytest.raises(WorkshopError, match="Cannot load .*custom code"):
+        model.load_base(profile_of(tmp_path))
+    assert not trace.exists()
+
+
+def test_code_of_an_nvidia_repository_is_refused_too(monkeypatch):
+    """NeMo AutoModel trusts every hub name that begins with nvidia/, unless it is told not to."""
+    from nemo_automodel import NeMoAutoModelForCausalLM
+    from nemo_automodel.components.utils.model_utils import resolve_trust_remote_code
+
+    assert resolve_trust_remote_code("nvidia/anything")
+    seen = {}
+
+    def stop(path, **arguments):
+        seen.update(arguments)
+        raise OSError("stopped here")
+
+    monkeypatch.setattr(NeMoAutoModelForCausalLM, "from_pretrained", stop)
+    monkeypatch.setattr(model, "_require_safetensors", lambda *_: None)
+    with pytest.raises(WorkshopError, match="stopped here"):
+        model.load_base(profile_of("nvidia/anything"))
+    assert seen["trust_remote_code"] is False and seen["revision"] == "main" and seen["force_hf"] is True
