@@ -13,6 +13,7 @@ from fiqa_helpers.runcard import versions
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
+    from transformers import TrainingArguments
 
     from fiqa_helpers.paths import Workspace
     from fiqa_helpers.profiles import Profile
@@ -21,6 +22,14 @@ SHOWN_ONLY = ("name", "title", "sample_steps", "max_new_tokens")  # settings tha
 MEMORY_ONLY = ("tokens_per_batch", "gradient_checkpointing")  # the same sums in other portions
 WORDS = {"prompt_sha256": "the prompt template", "model_files": "the model's files"}
 SAMPLES, SAMPLE_BYTES = 16, 65536  # of each file of a model folder
+# fmt: off
+DECISIVE = (  # arguments that a run must be resumed with
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed", "bf16", "fp16",
+    "logging_steps", "eval_steps",
+)
+# fmt: on
 
 _locks: "dict[Path, BaseFileLock]" = {}  # held until this process ends, however it ends
 
@@ -89,6 +98,26 @@ def refuse_other(place: str, recorded: dict | None, definition: dict, begun: boo
     if begun and (said or updated):
         said = "; ".join(filter(None, [said, *updated]))
         print(f"The run goes on with a difference ({said}): results may differ in the last digits.")
+
+
+def decisive_arguments(arguments: "TrainingArguments") -> dict[str, object]:
+    """The training arguments that a run depends on, as JSON gives them back."""
+    values = {name: getattr(arguments, name) for name in DECISIVE}
+    return {n: v if isinstance(v, bool | int | float | str | None) else str(v) for n, v in values.items()}
+
+
+def refuse_other_arguments(checkpoint: str, before: dict[str, object], now: dict[str, object]) -> None:
+    """A checkpoint goes on with the arguments it was written with, or not at all.
+
+    Raises:
+        WorkshopError: with the differences.
+    """
+    changed = [_change(name, before[name], now.get(name)) for name in before if before[name] != now.get(name)]
+    if changed:
+        raise WorkshopError(
+            f"{checkpoint} was written with other training arguments ({'; '.join(changed)}): use the "
+            'old ones, or set on_existing = "fresh" to begin anew.'
+        )
 
 
 def _change(key: str, before: object, now: object) -> str:

@@ -14,17 +14,10 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from fiqa_helpers import checkpoints, safety
 from fiqa_helpers.errors import WorkshopError
 from fiqa_helpers.prompts import IGNORE_INDEX
+from fiqa_helpers.run_identity import decisive_arguments, refuse_other_arguments
 from fiqa_helpers.runcard import read_card, write_json
 
 TOTALS = "totals.json"  # in a checkpoint: what the Trainer forgets when it resumes
-# fmt: off
-DECISIVE = (  # arguments that a run must be resumed with
-    "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "seed", "data_seed", "bf16", "fp16",
-    "logging_steps", "eval_steps",
-)
-# fmt: on
 
 
 class AnswerTrainer(Trainer):
@@ -52,13 +45,10 @@ class AnswerTrainer(Trainer):
             WorkshopError: SIGTERM, a loss that is no number or exploded, memory or disk used up, or a
                 checkpoint written with other arguments; says at which step, and how to go on.
         """
-        resume = (
-            str(resume_from_checkpoint)
-            if isinstance(resume_from_checkpoint, Path)
-            else resume_from_checkpoint
-        )
-        if isinstance(resume, str):
-            self._refuse_other_arguments(Path(resume))
+        resume = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        if resume:
+            written_with = (read_card(Path(resume) / TOTALS) or {}).get("arguments", {})
+            refuse_other_arguments(Path(resume).name, written_with, decisive_arguments(self.args))
         with self.terminator:
             try:
                 return super().train(resume_from_checkpoint=resume, **kwargs)
@@ -193,23 +183,8 @@ class AnswerTrainer(Trainer):
             "loss_since_log": self._tr_loss.item(),
             "loss_total": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
-            "arguments": {name: _plain(getattr(self.args, name)) for name in DECISIVE},
+            "arguments": decisive_arguments(self.args),
         }
-
-    def _refuse_other_arguments(self, checkpoint: Path) -> None:
-        """A checkpoint goes on with the arguments it was written with, or not at all."""
-        before = (read_card(checkpoint / TOTALS) or {}).get("arguments", {})
-        now = {name: _plain(getattr(self.args, name)) for name in DECISIVE}
-        changed = [
-            f"{name} was {before[name]!r} and is now {now.get(name)!r}"
-            for name in before
-            if before[name] != now.get(name)
-        ]
-        if changed:
-            raise WorkshopError(
-                f"{checkpoint.name} was written with other training arguments ({'; '.join(changed)}): use "
-                'the old ones, or set on_existing = "fresh" to begin anew.'
-            )
 
     def _init_training_state(self, max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial):
         found = super()._init_training_state(
@@ -260,11 +235,6 @@ class AnswerTrainer(Trainer):
                 f"{folder.name if folder else 'the last one'}."
             )
         state.best_model_checkpoint = str(folder) if folder else None
-
-
-def _plain(value: object) -> object:
-    """An argument as JSON gives it back."""
-    return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
 def _real_tokens(micro_batch: Mapping) -> int:
