@@ -54,7 +54,7 @@ def collate(rows: list[dict], seconds: float = 0.0) -> dict:
     return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
 
 
-def sampler(model, temperature: float = 1.0, length: int = 40):
+def sampler(model, temperature: float = 1.0, length: int = 16):
     """answer(questions) with the model's real `generate` at a temperature, one sign per id."""
     import torch
 

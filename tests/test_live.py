@@ -271,14 +271,14 @@ class At:
 def test_stop_ends_after_the_step_at_hand_with_a_checkpoint(tmp_path):
     """Stop could be obeyed late, leave no checkpoint, or let a due evaluation run for minutes first."""
     panel, trainer, _ = run_with_panel(
-        tmp_path, 40, before=lambda panel, trainer: trainer.add_callback(At(11, panel.request_stop))
+        tmp_path, 16, before=lambda panel, trainer: trainer.add_callback(At(11, panel.request_stop))
     )
     assert trainer.state.global_step == 12 and panel.step == 12
-    assert panel.stopped == "Stop button" and panel.outcome == "stopped at step 12 of 40 (Stop button)"
+    assert panel.stopped == "Stop button" and panel.outcome == "stopped at step 12 of 16 (Stop button)"
     assert (tmp_path / "checkpoint-12" / "adapter_model.safetensors").is_file()
     assert "eval_loss" not in panel.history[-1] and "loss" in panel.history[-1]
-    again, trainer, _ = run_with_panel(tmp_path, 40, resume=str(tmp_path / "checkpoint-12"))
-    assert again.stopped is None and trainer.state.global_step == 40  # the checkpoint doesn't hold the stop
+    again, trainer, _ = run_with_panel(tmp_path, 16, resume=str(tmp_path / "checkpoint-12"))
+    assert again.stopped is None and trainer.state.global_step == 16  # the checkpoint doesn't hold the stop
 
 
 def test_stop_interrupts_samples_and_evaluations(tmp_path):
@@ -489,8 +489,8 @@ def test_drawing_is_cheap_and_throttled(tmp_path, monkeypatch):
             drawn.append(len(draw_html(view)))
 
     monkeypatch.setattr(live, "HeadlessOutput", Output)
-    panel, _, _ = run_with_panel(tmp_path, 60)
-    most = panel.seconds / live.EVERY + 2 * len(panel.samples) + 60 / 4 + 2
+    panel, _, _ = run_with_panel(tmp_path, 40)
+    most = panel.seconds / live.EVERY + 2 * len(panel.samples) + 40 / 4 + 2
     print(f"{len(drawn)} drawings, {1000 * panel.drawing_seconds / len(drawn):.2f} ms each")
     assert 5 < len(drawn) <= most
     assert panel.drawing_seconds / len(drawn) < 0.02
