@@ -96,11 +96,13 @@ def in_words(comparisons: dict[str, Comparison], floors: Floors, all_rows: int) 
     if found.rows < all_rows:
         lines.append(f"This is a subset: {found.rows} of {all_rows} test rows.")
     best = max(means, key=means.get)
-    for side in ("base", "tuned"):
-        value = getattr(found, side)
-        above = [name for name in means if means[name] >= value]
-        said = f"below {' and '.join(above)}" if above else f"above every floor (the highest: {best})"
-        lines.append(f"The {side} model's {value:.3f} is {said}; {best} scores {means[best]:.3f}.")
+    stands = {
+        side: "below" if getattr(found, side) < means[best] else "not below" for side in ("base", "tuned")
+    }
+    lines.append(
+        f"The highest floor is {best!r} with {means[best]:.3f}: the base model's {found.base:.3f} is "
+        f"{stands['base']} it, the tuned model's {found.tuned:.3f} is {stands['tuned']} it."
+    )
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from fiqa_helpers import data, evaluation_report, leaks, metrics, profiles
 from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.evaluation import ANSWERS_LOG, SCORES_LOG, evaluate, read_log
+from fiqa_helpers.evaluation import ANSWERS_LOG, SCORES_LOG, choose_rows, evaluate, read_log
 from fiqa_helpers.paths import Workspace
 from fiqa_helpers.solvers import Decoding, EndpointSolver, ModelSolver
 
@@ -210,7 +210,7 @@ def test_half_a_line_is_no_answer(workspace, rows, adapted, tiny_tokenizer, simi
     solver = solver_for(adapted, tiny_tokenizer)
     again = evaluate(workspace, rows, solver, similarity, "tuned")
     asked = [question for batch in solver.batches for question in batch]
-    assert len(asked) == again.samples.__len__() - len(kept)
+    assert len(asked) == len(rows) - len(kept)
     assert [s["answer"] for s in again.samples] == [s["answer"] for s in whole.samples]
     assert len(read_log(log)) == len(rows)
 
@@ -236,6 +236,32 @@ def test_a_failure_is_an_error_and_not_a_bad_answer(workspace, rows, adapted, ti
     mended = solver_for(adapted, tiny_tokenizer)
     found = evaluate(workspace, rows, mended, similarity, "tuned")
     assert found.reused == 6 and [len(batch) for batch in mended.batches] == [2]
+
+
+def test_a_full_gpu_is_said_in_one_sentence(workspace, rows, adapted, tiny_tokenizer, similarity):
+    """Out of memory arrives wrapped in the SDK's error: a reader needs the remedy, not forty frames."""
+    import torch
+
+    class Full(Watched):
+        def _generate(self, questions):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(WorkshopError, match="memory is full.*answers so far are kept"):
+        evaluate(workspace, rows, solver_for(adapted, tiny_tokenizer, kind=Full), similarity, "tuned")
+
+
+def test_rows_for_this_machine(fiqa_rows):
+    """A misread number of rows would test on all of them for an hour, or on one and call it a result."""
+    from datasets import Dataset
+
+    test = Dataset.from_list(fiqa_rows[:100])
+    laptop, gpu = profiles.PROFILES["laptop"], profiles.PROFILES["gpu80"]
+    assert [len(choose_rows(test, n, laptop)) for n in (0, 2, 30, 1000)] == [12, 2, 30, 100]
+    assert len(choose_rows(test, 0, gpu)) == 100
+    assert choose_rows(test, 2, gpu) == fiqa_rows[:2]
+    for wrong in (1, -1):
+        with pytest.raises(WorkshopError, match="at least 2"):
+            choose_rows(test, wrong, laptop)
 
 
 def test_an_interrupt_ends_at_the_next_token(workspace, rows, adapted, tiny_tokenizer, similarity):
