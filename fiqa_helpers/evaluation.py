@@ -218,7 +218,7 @@ def _explained(error: RuntimeError) -> Exception:
     cause = error.__cause__ or error
     if type(cause).__name__ == "OutOfMemoryError":
         return WorkshopError(
-            "The GPU's memory is full: lower max_new_tokens in overrides or end what else uses it, and run again; "
-            "answers so far are kept."
+            "The GPU's memory is full: lower max_new_tokens in overrides or end what else uses it, and run "
+            "again; answers so far are kept."
         )
     return cause if isinstance(cause, Exception) else error
