@@ -72,6 +72,24 @@ def refuse_old_run(recipe: RecipeFile) -> None:
         )
 
 
+def refuse_other_model(recipe: RecipeFile) -> None:
+    """Raises:
+    WorkshopError: the run to be continued was made with another model; NeMo would begin anew in silence.
+    """
+    folder = Path(str(recipe.get("checkpoint.checkpoint_dir", "checkpoints/")))
+    saved = folder / "LATEST" / "config.yaml"
+    if not saved.is_file():
+        return
+    key = "model.pretrained_model_name_or_path"
+    before, now = read_recipe(saved).get(key), recipe.get(key)
+    if before != now:
+        raise recipe.error(
+            key,
+            f"the run in {folder} was made with the model {before}, not {now}: use that one, or give the "
+            "recipe a new folder (fiqa_helpers.launch.fresh_folder).",
+        )
+
+
 def launch_line(
     path: Path | str, gpus: int = 1, nodes: int = 1, host: str = "", cpu: bool = False, python: str = ""
 ) -> str:

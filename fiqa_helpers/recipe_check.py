@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.launch import refuse_batch, refuse_old_run
+from fiqa_helpers.launch import refuse_batch, refuse_old_run, refuse_other_model
 from fiqa_helpers.recipe_data import fault_of_batch
 from fiqa_helpers.recipe_schema import RecipeFile, read_recipe, refuse_ignored
 
@@ -69,8 +69,7 @@ def check_recipe(
     with _quiet():
         refuse_ignored(recipe)
         refuse_batch(recipe, gpus)
-        if not resume:
-            refuse_old_run(recipe)
+        refuse_other_model(recipe) if resume else refuse_old_run(recipe)
         return _build(recipe, gpus, tokenizer)
 
 
@@ -173,12 +172,10 @@ def _skeleton(name: str):
 
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise WorkshopError(f"there is no folder {name}: name a model's folder or a hub id")
-    try:
-        config = AutoConfig.from_pretrained(name)
+    try:  # what is on this machine, and the 8B model's architecture from this package: no waiting for the hub
+        config = AutoConfig.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError):
-        if name != NEMOTRON:
-            raise
-        config = reference_config()
+        config = reference_config() if name == NEMOTRON else AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
