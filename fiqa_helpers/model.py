@@ -86,6 +86,7 @@ def load_base(profile: "Profile", attn_implementation: str = "sdpa") -> "PreTrai
             attn_implementation=attn_implementation,
             use_liger_kernel=torch.cuda.is_available(),
         )
+    _refuse_other_weights(model, path)
     return _cast(model, dtype).to(profile.device).eval()
 
 
@@ -191,6 +192,21 @@ def _require_safetensors(path: str, revision: str) -> None:
         cached_file(path, "model.safetensors.index.json", revision=revision)
         return
     cached_file(path, "model.safetensors", revision=revision)
+
+
+def _refuse_other_weights(model: "PreTrainedModel", path: str) -> None:
+    """Refuse a folder whose weights are another architecture's: loading leaves the model's own random."""
+    from safetensors import safe_open
+
+    stored = set()
+    for file in Path(path).glob("*.safetensors"):  # a hub id has none: what is there belongs together
+        with safe_open(file, "pt") as weights:
+            stored.update(weights.keys())
+    if stored and stored.isdisjoint(model.state_dict()):
+        raise WorkshopError(
+            f"{path} holds weights of another architecture than its config.json ({model.config.model_type}): "
+            "copy the model's folder again."
+        )
 
 
 @contextlib.contextmanager

@@ -279,6 +279,23 @@ def test_weights_of_another_size(tiny_folder, tmp_path):
     one_sentence(caught)
 
 
+def test_weights_of_another_architecture(tiny_folder, tmp_path):
+    """transformers warns (where warnings show) and hands out a model with random weights."""
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
+    other = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+    }
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | other))
+    with pytest.raises(WorkshopError, match=r"weights of another architecture .*gpt2.: copy") as caught:
+        model.load_base(profile_of(tmp_path))
+    one_sentence(caught)
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_damaged_tokenizer(tiny_folder, tmp_path, file):
     """An error of the tokenizers library that speaks of line 1, column 2, of nothing."""

@@ -120,7 +120,6 @@ def book(tmp_path):
             ["-p", "profle", "laptop"],
             "There is no parameter profle (did you mean profile?): this notebook has",
         ),
-        (["-y", "{profile: gpu40}"], "profile is 'gpu40': choose one of auto, laptop, gpu24, gpu80, tiny."),
     ],
 )
 def test_papermill_fails_with_the_sentence_alone(book, arguments, sentence):
