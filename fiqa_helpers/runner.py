@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -112,7 +113,7 @@ def execute(notebook: Path, workspace: Workspace, values: dict, root: Path, labe
     register_engine()
     start = time.time()
     try:
-        with progress(label) as report_cell:
+        with passing_on_sigterm() as told, progress(label) as report_cell:
             papermill.execute_notebook(
                 str(notebook).replace("{", "{{").replace("}", "}}"),  # papermill formats paths
                 str(output).replace("{", "{{").replace("}", "}}"),
@@ -130,6 +131,10 @@ def execute(notebook: Path, workspace: Workspace, values: dict, root: Path, labe
             f"{notebook.stem} stopped: {sentence(error)}\nExecuted so far: {output}"
         ) from None
     except DeadKernelError:
+        if told:
+            raise WorkshopError(
+                f"{notebook.stem} was told to stop (SIGTERM): the same command begins this notebook anew."
+            ) from None
         raise WorkshopError(
             f"{notebook.stem} stopped: its kernel died, most often because memory ran out: close other "
             f"programs, or lower tokens_per_batch with overrides.\nExecuted so far: {output}"
@@ -145,6 +150,34 @@ def sentence(error) -> str:
     """What a failed cell has to say: the sentence of a WorkshopError, or the error's name and text."""
     text = error.evalue.strip() or "no message"
     return text if error.ename == "WorkshopError" else f"{error.ename}: {text} (cell {error.exec_count})"
+
+
+@contextlib.contextmanager
+def passing_on_sigterm() -> Iterator[list[int]]:
+    """Pass SIGTERM on to the kernel instead of dying of it; hands out a list that is empty until it came.
+
+    A training kernel then writes a checkpoint and says how to go on; another one ends at once. papermill
+    alone would end and leave its kernel behind.
+    """
+    import psutil
+
+    told: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        told.append(number)
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if any("ipykernel" in part for part in child.cmdline()):
+                    child.terminate()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def register_engine() -> None:

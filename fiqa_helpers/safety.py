@@ -9,6 +9,7 @@ import math
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from fiqa_helpers.storage import say
 if TYPE_CHECKING:
     from datasets import Dataset
 
+GRACE = 5.0  # seconds
 PATIENCE = 3  # steps in a row with an exploded loss before the run stops
 NO_MEMORY = ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 NO_SPACE = ("os error 28", "No space left on device", "inline_container", "iostream error")
@@ -30,10 +32,12 @@ NO_SPACE = ("os error 28", "No space left on device", "inline_container", "iostr
 class Terminator(TrainerCallback):
     """Answers SIGTERM (a job's time is over, a container stops) with a checkpoint after the current step.
 
-    Use it as a context manager around the training. A second SIGTERM ends the process at once.
+    Use it as a context manager around the training. Another SIGTERM `GRACE` seconds later ends the process at
+    once; one that comes sooner is the same one, sent to a group of processes and passed on by one of them.
     """
 
     told = False
+    _since = 0.0
 
     def __enter__(self) -> "Terminator":
         self.told = False
@@ -47,8 +51,12 @@ class Terminator(TrainerCallback):
             signal.signal(signal.SIGTERM, self._before)
 
     def _hear(self, number: int, frame: object) -> None:
-        self.told = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.told:
+            if time.monotonic() - self._since > GRACE:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.raise_signal(signal.SIGTERM)
+            return
+        self.told, self._since = True, time.monotonic()
         say("SIGTERM: finishing this step, then writing a checkpoint.")
 
     def on_step_end(self, args, state, control, **kwargs):

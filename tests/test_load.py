@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
-FEW, MANY = 25_000, 100_000
+FEW, MANY = 10_000, 100_000
 MOST_GIB = 1.5
 
 STAGES = """
@@ -38,6 +38,7 @@ profile = profiles.load_profile("tiny", "{max_length: 2048, tokens_per_batch: 81
 tokenizer = model.load_tokenizer(profile)
 import datasets, torch
 data.load_with_report("packaged")
+prompts.encode("question", "answer", tokenizer)
 base = now()
 splits = stage("load", lambda: data.load_fiqa(sys.argv[1]))
 encoded = stage("tokenize", lambda: prompts.encode_rows(splits["train"], tokenizer, profile))
@@ -88,7 +89,7 @@ def write_rows(path: Path, number: int, fiqa_rows: list[dict]) -> Path:
 def check(few: dict, many: dict) -> None:
     for name, stage in many.items():
         assert stage["above"] <= MOST_GIB, name
-        assert stage["seconds"] < 1.6 * MANY / FEW * few[name]["seconds"] + 2, name
+        assert stage["seconds"] < 1.6 * MANY / FEW * few[name]["seconds"] + 2, name  # CPU time
 
 
 def test_reading_and_tokenizing(tmp_path, fiqa_rows, smollm2):

@@ -1,8 +1,8 @@
 """Training runs in processes of their own, to be killed: real rows, tokenizer and code, the tiny model.
 
 `python training_child.py serve` reads one JSON job a line from stdin. What is slow to prepare is prepared
-once; each job is a forked process; its process id and exit status are printed. The job's file `phase` holds
-a byte that says what the process is doing, so that a kill can be aimed and what it hit can be proven.
+once; each job is a forked process; its process id and exit status are printed. The job's file `phase` says in
+two bytes what the process is doing at which step, so that a kill can be aimed and what it hit be proven.
 """
 
 import json
@@ -33,7 +33,7 @@ def train(job: dict, prepared: dict) -> None:
     from fiqa_helpers.training import AnswerTrainer
 
     with open(job["phase"], "r+b") as file:
-        phase = mmap.mmap(file.fileno(), 1)
+        phase = mmap.mmap(file.fileno(), 2)
 
     class Announcing(AnswerTrainer):
         def _save_checkpoint(self, *args):
@@ -54,7 +54,7 @@ def train(job: dict, prepared: dict) -> None:
 
     class Phases(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            phase[0] = TRAINING
+            phase[0], phase[1] = TRAINING, state.global_step
 
         def on_prediction_step(self, args, state, control, **kwargs):
             phase[0] = EVALUATING
@@ -174,9 +174,9 @@ class Trainings:
         """Start one training in `workdir`; returns its process id."""
         workdir.mkdir(parents=True, exist_ok=True)
         self.phase_file, self.log = workdir / ".phase", workdir / ".log"
-        self.phase_file.write_bytes(bytes([TRAINING]))
+        self.phase_file.write_bytes(bytes([TRAINING, 0]))
         with open(self.phase_file, "r+b") as file:
-            self._phase = mmap.mmap(file.fileno(), 1)
+            self._phase = mmap.mmap(file.fileno(), 2)
         job |= {"workdir": str(workdir), "phase": str(self.phase_file), "log": str(self.log)}
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
@@ -198,13 +198,15 @@ class Trainings:
     def phase(self) -> str:
         return PHASES[self._phase[0]]
 
-    def kill_in(self, workdir: Path, phase: str | None, delay: float, **job) -> str | None:
-        """SIGKILL a training `delay` seconds after it has reached `phase` (None: after its start).
+    def kill_in(
+        self, workdir: Path, phase: str | None, delay: float, from_step: int = 0, **job
+    ) -> str | None:
+        """SIGKILL a training `delay` seconds after it began `phase` at `from_step` or later (None: at all).
 
         Returns the phase that was hit, or None when the training had ended before.
         """
         process = self.start(workdir, **job)
-        while phase and self.phase() != phase and self.alive(process):
+        while phase and not (self.phase() == phase and self._phase[1] >= from_step) and self.alive(process):
             time.sleep(0.0002)
         time.sleep(delay)
         os.kill(process, signal.SIGKILL)
