@@ -66,7 +66,7 @@ def table(comparisons: dict[str, Comparison], floors: Floors) -> "pd.DataFrame":
             "tuned": f"{found.tuned:.3f}",
             "difference": f"{found.difference:+.3f}",
             "95 % interval": f"{found.low:+.3f} to {found.high:+.3f}",
-            "rows won": f"{found.win_rate:.0%}",
+            "rows won": f"{found.win_rate:.0%}" if METRICS[name].better else "",
             "verdict": found.verdict,
         }
         means = floor_means(floors, name)

@@ -273,7 +273,7 @@ def test_an_interrupt_ends_at_the_next_token(workspace, rows, adapted, tiny_toke
                 os.kill(os.getpid(), signal.SIGINT)
             return super()._generate(questions)
 
-    long = Decoding(max_new_tokens=300)
+    long = Decoding(max_new_tokens=120)
     solver = solver_for(adapted, tiny_tokenizer, decoding=long, kind=Interrupting)
     with pytest.raises(KeyboardInterrupt):
         evaluate(workspace, rows, solver, similarity, "tuned")
@@ -354,7 +354,7 @@ def test_a_killed_evaluation_repeats_no_answer(
     workspace, fiqa_rows, tiny_model, tiny_tokenizer, similarity, tmp_path
 ):
     """kill -9 in the middle: whatever was in the log is not generated again, and the result is the same."""
-    rows = sorted(fiqa_rows, key=lambda row: len(row["ground_truths"][0]))[:24]
+    rows = sorted(fiqa_rows, key=lambda row: len(row["ground_truths"][0]))[:18]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(tmp_path / "rows.json")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
