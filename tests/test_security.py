@@ -47,6 +47,19 @@ def calls(code: str) -> list[tuple[str, dict[str, object]]]:
     return found
 
 
+def test_each_promise_names_tests_that_exist(project):
+    """A promise whose test was renamed or dropped is only a promise."""
+    page = (project / "docs" / "what_happens_when.md").read_text(encoding="utf-8")
+    tests = {path.name: path.read_text(encoding="utf-8") for path in (project / "tests").glob("*.py")}
+    promises = [line for line in page.splitlines() if line.startswith("| ") and "test_" in line]
+    assert len(promises) > 20
+    for line in promises:
+        file = None
+        for named, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", line.rpartition(" | ")[2]):
+            file = named or file
+            assert file in tests and f"def {test}" in tests[file], f"{file}::{test}"
+
+
 def test_no_code_from_a_model_repository(project):
     """trust_remote_code runs Python that somebody uploaded beside a model."""
     for name, code in python_sources(project).items():
