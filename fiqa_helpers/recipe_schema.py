@@ -198,6 +198,12 @@ def _refuse_values(recipe: RecipeFile) -> None:
         raise recipe.error(
             "peft.lora_dtype", "an adapter in another dtype than the base crashes: remove lora_dtype."
         )
+    dtype = recipe.get("model.torch_dtype", "bfloat16")
+    if recipe.get("distributed.mp_policy.param_dtype", "bfloat16") != dtype:
+        raise recipe.error(
+            "distributed.mp_policy.param_dtype",
+            f"NeMo would not compute in the model's {dtype}: set mp_policy.param_dtype to {dtype}.",
+        )
     for key in ("global_batch_size", "local_batch_size", "num_epochs"):
         recipe.whole_number(f"step_scheduler.{key}")
     for key in ("tp_size", "cp_size"):

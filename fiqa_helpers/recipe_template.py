@@ -50,6 +50,11 @@ distributed:
   tp_size: 1
   cp_size: 1
   activation_checkpointing: {checkpointing}  # true: less memory, slower
+  mp_policy:  # left out, NeMo casts to bf16 whatever torch_dtype says
+    _target_: torch.distributed.fsdp.MixedPrecisionPolicy
+    param_dtype: {dtype}
+    reduce_dtype: float32  # gradients are added up over the GPUs in fp32
+    cast_forward_inputs: false
 
 clip_grad_norm:
   max_norm: 1.0

@@ -277,6 +277,7 @@ MISTAKES = {  # name: (what to replace, with what, what the sentence must say)
     "decay unknown": ("lr_decay_style: linear", "lr_decay_style: lineal", "lineal"),
     "NeMo's own class": ("force_hf: true", "force_hf: false", "force_hf must be true"),
     "adapter dtype": ("  alpha: 32", "  alpha: 32\n  lora_dtype: bfloat16", "remove lora_dtype"),
+    "precision": ("param_dtype: float32", "param_dtype: bfloat16", "not compute in the model's float32"),
     "function": ("fiqa_helpers.recipe_data.fiqa_rows", "fiqa_helpers.recipe_data.rows", "there is no"),
     "recipe class": ("recipe_run.FiqaRecipe", "recipe_run.Recipe", "there is no recipe"),
     "unshifted": ("  split: train", "  split: train\n  shift_labels: false", "leave shift_labels true"),
