@@ -9,7 +9,7 @@
 set -eu
 
 venv=${1:-.venv}
-extras=${EXTRAS:-test,lint,browser,serve,evaluate}
+extras=${EXTRAS:-test,lint,browser,serve}
 here=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd -P)
 cd "$here"
 case $venv in /*) ;; *) venv=$here/$venv ;; esac
