@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from llama3_like import LLAMA3_TURNS, llama3_like
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never ask the hub, also where it could be reached
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -92,49 +93,13 @@ def fiqa_rows() -> list[dict]:
     return [{"question": row["question"], "ground_truths": [row["answer"]]} for row in rows]
 
 
-def llama3_like(chat_template: str):
-    """A byte-level tokenizer with Llama 3's special tokens and habits: it writes BOS, as may its template.
-
-    A token is a byte, so every text can be told apart and nothing needs to be downloaded.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    names = ("begin_of_text", "start_header_id", "end_header_id", "eot_id", "finetune_right_pad_id")
-    backend.add_special_tokens([AddedToken(f"<|{name}|>", special=True, normalized=False) for name in names])
-    bos = "<|begin_of_text|>"
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=bos,
-        eos_token="<|eot_id|>",
-        pad_token="<|finetune_right_pad_id|>",
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = chat_template
-    return tokenizer
-
-
-_LLAMA3_TURNS = (
-    "{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
-    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-
-
 @pytest.fixture(scope="session")
 def llama3_tokenizer():
     """Tokenizer and chat template both write BOS, as Llama 3's do."""
-    return llama3_like("{{ bos_token }}" + _LLAMA3_TURNS)
+    return llama3_like("{{ bos_token }}" + LLAMA3_TURNS)
 
 
 @pytest.fixture(scope="session")
 def nemotron_tokenizer():
     """The same, with a template that knows Nemotron's reasoning switch."""
-    return llama3_like("{{ bos_token }}{# detailed thinking on, off #}" + _LLAMA3_TURNS)
+    return llama3_like("{{ bos_token }}{# detailed thinking on, off #}" + LLAMA3_TURNS)

@@ -6,7 +6,7 @@ from importlib import metadata
 
 import pytest
 import torch
-from conftest import llama3_like
+from llama3_like import llama3_like
 
 from fiqa_helpers import model
 from fiqa_helpers.errors import WorkshopError

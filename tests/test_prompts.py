@@ -4,9 +4,9 @@ import re
 from collections import Counter
 
 import pytest
-from conftest import llama3_like
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from llama3_like import llama3_like
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fiqa_helpers.errors import WorkshopError
