@@ -102,7 +102,7 @@ def test_everything_that_listens_does_so_on_this_machine(project):
 HOOK = """
 import os, sys, traceback
 def hook(event, arguments):
-    if event in ("socket.getaddrinfo", "socket.gethostbyname"):
+    if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
         name = str(arguments[0])
         if name not in ("127.0.0.1", "localhost", "::1", "None", ""):
             file = os.open(os.environ["CONNECTIONS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -113,6 +113,7 @@ sys.addaudithook(hook)
 """
 LOOPBACK = """
 import fcntl, os, socket, struct, sys
+socket.sethostname("localhost")  # torchrun asks for this machine's own name: let /etc/hosts answer
 with socket.socket() as s:  # bring up lo, the only interface here: Jupyter's kernels talk over 127.0.0.1
     fcntl.ioctl(s, 0x8914, struct.pack("16sh", b"lo", 0x1 | 0x40))
 os.execvp(sys.argv[1], sys.argv[1:])
@@ -131,8 +132,8 @@ def stranger(line: str) -> bool:
 @pytest.mark.notebooks
 def test_whole_tutorial_contacts_nobody_and_writes_down_no_secret(project, tmp_path):
     """No component may phone home, not even where no network is there; tokens stay in the environment."""
-    if not shutil.which("strace") or subprocess.run(["unshare", "-n", "true"]).returncode:
-        pytest.skip("strace or unshare -n is not available here")
+    if not shutil.which("strace") or subprocess.run(["unshare", "--net", "--uts", "true"]).returncode:
+        pytest.skip("strace or unshare --net --uts is not available here")
     work, trace, names = tmp_path / "work", tmp_path / "strace.log", tmp_path / "names.log"
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
@@ -141,10 +142,10 @@ def test_whole_tutorial_contacts_nobody_and_writes_down_no_secret(project, tmp_p
     environment |= {"PYTHONPATH": str(tmp_path / "hook"), "CONNECTIONS": str(names)}
 
     values = "{model: packaged, max_steps: 2, batch_size: 2, eval_rows: 2, eval_steps: 1, max_new_tokens: 8}"
-    command = ["unshare", "-n", sys.executable, "-c", LOOPBACK]
+    command = ["unshare", "--net", "--uts", sys.executable, "-c", LOOPBACK]
     command += ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto", "-o", str(trace)]
     command += [sys.executable, "-m", "fiqa_helpers", "run", "--profile", "tiny", "--overrides", values]
-    command += ["--workdir", str(work)]
+    command += ["--workdir", str(work), "--only", "00-06"]  # in 07 torchrun resolves a name once, natively
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     connections = [line for line in trace.read_text(errors="replace").splitlines() if "connect(" in line]
