@@ -128,6 +128,7 @@ class Notebook:
         page.goto(f"{address}/lab/tree/{name}?token={token}&reset")
         page.wait_for_selector(".jp-NotebookPanel .jp-Notebook", timeout=120_000)
         page.evaluate(READY)
+        self.command("application:toggle-left-area")  # the file list, in the way of the screenshots
 
     def command(self, name: str, wait: bool = True) -> None:
         """Run one of JupyterLab's commands, as its menus and buttons do."""
@@ -181,7 +182,14 @@ class Notebook:
         self.command("docmanager:save")
         return json.loads((folder / self.name).read_text(encoding="utf-8"))
 
-    def shot(self, name: str) -> Path:
+    def show(self, selector: str) -> None:
+        """Scroll to the first element that fits, as a reader would."""
+        self.page.evaluate("s => document.querySelector(s)?.scrollIntoView({block: 'center'})", selector)
+
+    def shot(self, name: str, of: str | None = None) -> Path:
+        """A screenshot in outputs/screenshots, of the place in the page where `of` is found."""
+        if of is not None:
+            self.show(of)
         SHOTS.mkdir(parents=True, exist_ok=True)
         path = SHOTS / f"{name}.png"
         self.page.screenshot(path=path)

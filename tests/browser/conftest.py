@@ -50,7 +50,7 @@ def browser():
 
 @pytest.fixture
 def page(browser):
-    context = browser.new_context(viewport={"width": 1360, "height": 1000})
+    context = browser.new_context(viewport={"width": 1360, "height": 1080})
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = context.new_page()
     yield page

@@ -128,7 +128,7 @@ def test_the_panel_is_readable_in_the_dark_theme(tmp_path, browser):
     """Ink taken from no theme would be black on black."""
     write_notebook(tmp_path, "dark", steps=12, seconds=0.4)
     with jupyterlab(tmp_path, theme="JupyterLab Dark") as lab:
-        page = browser.new_page(viewport={"width": 1360, "height": 1000})
+        page = browser.new_page(viewport={"width": 1360, "height": 1080})
         notebook = Notebook(page, *lab, "dark.ipynb")
         notebook.run_all()
         page.wait_for_selector(".fiqa-panel .samples .h:has-text('at step 8')", timeout=120_000)

@@ -25,6 +25,7 @@ SHORT = (
 )
 LONG = SHORT.replace("max_steps: 6", "max_steps: 8")
 COST = "print('cost', panel.drawing_seconds, panel.picture_seconds, panel.seconds)"
+PANEL = ".fiqa-panel"
 STOPPED = re.compile(r"stopped at step (\d+) of (\d+) \((.*?)\)")
 
 
@@ -59,11 +60,11 @@ def workshop(served, lab, browser):
         return workdir
 
     def run(number: str) -> list[str]:
-        page = browser.new_page(viewport={"width": 1360, "height": 1000})
+        page = browser.new_page(viewport={"width": 1360, "height": 1080})
         notebook = Notebook(page, *lab, place(served, workdir, number))
         notebook.run_all()
         notebook.wait_until_done(900)
-        notebook.shot(f"notebook-{number}")
+        notebook.shot(f"notebook-{number}", of=".jp-OutputArea-output :is(img, svg, table)")
         errors, unrun = notebook.errors(), [cell["id"] for cell in notebook.cells() if not cell["count"]]
         notebook.close()
         return errors + [f"cell {cell} was not run" for cell in unrun]
@@ -81,15 +82,10 @@ def training(served, lab, page, workshop):
         notebook = Notebook(page, *lab, place(served, workdir, "04", **parameters))
         notebook.run_all()
         page.wait_for_selector(".fiqa-panel svg", timeout=300_000)
-        reveal(page)
+        notebook.show(PANEL)
         return notebook, workdir
 
     return start
-
-
-def reveal(page) -> None:
-    """Scroll to the panel, as a reader would."""
-    page.evaluate("() => document.querySelector('.fiqa-panel').scrollIntoView({block: 'center'})")
 
 
 def train_cell(notebook: Notebook) -> dict:
@@ -110,7 +106,7 @@ def test_training_is_watched_in_one_place(training, page, served):
     at_step(page, 4)
     page.wait_for_selector(".fiqa-panel .samples .h:has-text('at step 4')", timeout=120_000)
     assert notebook.running
-    notebook.shot("training-live")
+    notebook.shot("training-live", of=PANEL)
     notebook.wait_until_done(600)
     seen = page.evaluate(SEEN)
     assert seen["curves"] >= 3 and seen["texts"] >= 3, seen
@@ -125,7 +121,7 @@ def test_training_is_watched_in_one_place(training, page, served):
     drawing, picture, seconds = (float(word) for word in notebook.text("cost").split()[1:])
     print(f"drawing {drawing:.2f} s, {drawing / seconds:.2%} of {seconds:.0f} s; the picture {picture:.2f} s")
     assert drawing <= 0.01 * seconds
-    notebook.shot("training-finished")
+    notebook.shot("training-finished", of="img[alt*='finished']")
 
 
 @pytest.mark.parametrize("how", ["Stop button", "interrupted"])
@@ -151,7 +147,7 @@ def test_training_can_be_ended(training, page, how):
     assert (workdir / "checkpoints/final_model/adapter_model.safetensors").is_file()
     card = json.loads((workdir / "outputs/run_cards/04.json").read_text())
     assert f"stopped at step {step}" in json.dumps(card)
-    notebook.shot(f"training-{name}")
+    notebook.shot(f"training-{name}", of="img[alt*='stopped at step']")
 
 
 def test_a_restarted_kernel_resumes(training, page):
@@ -168,10 +164,10 @@ def test_a_restarted_kernel_resumes(training, page):
     notebook.command("notebook:clear-all-cell-outputs")
     notebook.run_all()
     page.wait_for_selector(".fiqa-panel .when:has-text('resumed at step')", timeout=300_000)
-    reveal(page)
+    notebook.show(PANEL)
     assert f"resumed at step {newest}" in page.locator(".fiqa-panel .when").inner_text()
     at_step(page, newest + 1)
-    notebook.shot("training-resumed")
+    notebook.shot("training-resumed", of=PANEL)
     notebook.wait_until_done(600)
     assert notebook.errors() == []
     text = "\n".join(notebook.text(cell["id"]) for cell in notebook.cells())
@@ -199,7 +195,7 @@ def test_the_playground_with_mouse_and_keyboard(workshop, served, lab, page):
     notebook.wait_until_done(600)
     assert notebook.errors() == []
     box = page.locator(".widget-textarea textarea")
-    box.scroll_into_view_if_needed()
+    notebook.show(".widget-textarea")
     box.fill("Is a <b>bond</b> safer than a stock?")
     handle = page.locator(".widget-slider .noUi-handle").first
     handle.focus()
@@ -213,4 +209,4 @@ def test_the_playground_with_mouse_and_keyboard(workshop, served, lab, page):
     assert len(answers) == 2 and all(answers) and answers[0] != answers[1]
     page.get_by_role("button", name="Copy the answer of the tuned model").click()
     assert page.evaluate("() => navigator.clipboard.readText()") == answers[1]
-    notebook.shot("playground")
+    notebook.shot("playground", of=".fiqa-answer")
