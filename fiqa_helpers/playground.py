@@ -51,7 +51,7 @@ class Playground:
         self._cancel = threading.Event()
         wide, longest = {"style": {"description_width": "110px"}}, 4 * profile.max_new_tokens
         self.question = ipywidgets.Textarea(
-            EXAMPLE, description="Question", rows=2, layout={"width": "100%"}, **wide
+            EXAMPLE, description="Question", rows=2, layout={"width": "calc(100% - 6px)"}, **wide
         )
         self.temperature = ipywidgets.FloatSlider(
             0.0, min=0.0, max=1.5, step=0.1, description="Temperature", readout_format=".1f", **wide

@@ -100,14 +100,17 @@ def test_run_all(workshop, number):
 
 
 def test_training_is_watched_in_one_place(training, page, served):
-    """The curve could stand still, flicker or jump; the samples never change; widgets stay in the file."""
-    notebook, workdir = training("watched")
+    """The curve could stand still, flicker or jump; the samples never change; widgets stay in the file.
+
+    This is the laptop profile as it is, without overrides, and so the place to measure what drawing costs.
+    """
+    notebook, workdir = training("watched", overrides="")
     page.evaluate(WATCH)
-    at_step(page, 4)
-    page.wait_for_selector(".fiqa-panel .samples .h:has-text('at step 4')", timeout=120_000)
+    at_step(page, 7, 600)
+    page.wait_for_selector(".fiqa-panel .samples .h:has-text('at step 5')")
     assert notebook.running
     notebook.shot("training-live", of=PANEL)
-    notebook.wait_until_done(600)
+    notebook.wait_until_done(900)
     seen = page.evaluate(SEEN)
     assert seen["curves"] >= 3 and seen["texts"] >= 3, seen
     assert seen["nodes"] == 1 and len(seen["heights"]) == 1, seen
@@ -120,7 +123,7 @@ def test_training_is_watched_in_one_place(training, page, served):
     assert (workdir / "outputs/plots/04_training.png").is_file()
     drawing, picture, seconds = (float(word) for word in notebook.text("cost").split()[1:])
     print(f"drawing {drawing:.2f} s, {drawing / seconds:.2%} of {seconds:.0f} s; the picture {picture:.2f} s")
-    assert drawing <= 0.01 * seconds
+    assert drawing + picture <= 0.01 * seconds
     notebook.shot("training-finished", of="img[alt*='finished']")
 
 
@@ -197,12 +200,14 @@ def test_the_playground_with_mouse_and_keyboard(workshop, served, lab, page):
     box = page.locator(".widget-textarea textarea")
     notebook.show(".widget-textarea")
     box.fill("Is a <b>bond</b> safer than a stock?")
-    handle = page.locator(".widget-slider .noUi-handle").first
-    handle.focus()
+    page.keyboard.press("Tab")
     for _ in range(3):
         page.keyboard.press("ArrowRight")
     assert page.locator(".widget-readout").first.inner_text() == "0.3"
-    page.locator(".jupyter-button", has_text="Answer").focus()
+    for _ in range(8):  # on to the button by the Tab key alone
+        page.keyboard.press("Tab")
+        if page.evaluate("() => document.activeElement.textContent.trim()") == "Answer":
+            break
     page.keyboard.press("Space")
     page.locator(".fiqa-answer small:has-text('tokens,')").nth(1).wait_for(timeout=120_000)
     answers = page.locator(".fiqa-answer p").all_inner_texts()
