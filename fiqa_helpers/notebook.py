@@ -44,6 +44,9 @@ def start(namespace: dict, number: str) -> "Run":
     Raises:
         WorkshopError: a parameter of the wrong type, out of range or misspelt, or an impossible profile.
     """
+    # Threads that wait for each other go to sleep. The default, waiting busily, made generation ten times
+    # slower on two cores that other programs use too. Read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     install_notebook_handler()
     quiet()
     parameters = check_parameters(namespace)

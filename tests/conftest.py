@@ -13,6 +13,7 @@ from llama3_like import LLAMA3_TURNS, llama3_like
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never ask the hub, also where it could be reached
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fiqa_helpers.notebook.start does
 
 # The same examples in every run, so that `make test` never fails by chance; new ones are tried with
 # `pytest --hypothesis-profile=explore`.
