@@ -77,7 +77,7 @@ def training(served, lab, page, workshop):
     """training(name): notebook 04 running, in a workdir of its own that holds what 00 to 03 left."""
 
     def start(name: str, **parameters) -> tuple[Notebook, Path]:
-        workdir = served / name
+        workdir = served / f"training-{name}"
         shutil.copytree(workshop("03"), workdir, ignore=shutil.ignore_patterns("checkpoints"))
         notebook = Notebook(page, *lab, place(served, workdir, "04", **parameters))
         notebook.run_all()
