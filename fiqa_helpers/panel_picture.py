@@ -81,18 +81,19 @@ def _samples(figure, view: View) -> None:
         axes.text(x, -0.03, head, fontsize=9, fontweight="bold", color=INK, va="bottom")
     for row, question in enumerate(view.questions):
         axes.plot((0, 1), (row, row), color=LINE, lw=0.8)
-        _text(axes, 0.0, row, question, 26, weight="bold")
+        _text(axes, 0.0, row, question, 26, "", weight="bold")
         for x, sample in ((0.23, view.untuned), (0.62, view.latest)):
             if sample is not None:
-                end = " [ended by itself]" if sample["stopped"][row] else " [cut at the length limit]"
-                _text(axes, x, row, (sample["texts"][row] or "(an empty answer)") + end, 50)
+                end = "[ended by itself]" if sample["stopped"][row] else "[cut at the length limit]"
+                _text(axes, x, row, sample["texts"][row] or "(an empty answer)", 50, end)
 
 
-def _text(axes, x: float, row: int, text: str, width: int, weight: str = "normal") -> None:
+def _text(axes, x: float, row: int, text: str, width: int, end: str, weight: str = "normal") -> None:
+    """Five lines of text at most, and a line that says how it ended."""
     lines = textwrap.wrap(" ".join(text.split()), width)
-    if len(lines) > 6:
-        lines = [*lines[:5], lines[5][: width - 1] + "…"]
-    axes.text(x, row + 0.07, "\n".join(lines), fontsize=7.8, color=INK, va="top", fontweight=weight,
+    if len(lines) > 5:
+        lines = [*lines[:4], lines[4][: width - 1] + " …"]
+    axes.text(x, row + 0.07, "\n".join([*lines, end]), fontsize=7.8, color=INK, va="top", fontweight=weight,
               linespacing=1.25, parse_math=False)  # fmt: skip
 
 
