@@ -185,7 +185,8 @@ white-space:nowrap;overflow:hidden;text-overflow:ellipsis}}
 .fiqa-panel .samples{{display:grid;grid-template-columns:2fr 3.4fr 3.4fr;gap:0 16px;margin-top:8px}}
 .fiqa-panel .h{{padding-bottom:3px;font-size:13px;font-weight:600;
 border-bottom:1px solid var(--line)}}
-.fiqa-panel .samples p{{height:91px;margin:0;padding:5px 0 0;overflow:auto;border-bottom:1px solid var(--line);
+.fiqa-panel .samples p{{height:91px;margin:0;padding:5px 0 0;overflow:auto;
+border-bottom:1px solid var(--line);
 font-size:12px;line-height:17px;white-space:pre-wrap;overflow-wrap:anywhere}}
 .fiqa-panel .samples .q{{font-weight:600}} .fiqa-panel .samples .w{{color:var(--soft)}}
 .fiqa-panel small{{float:right;height:17px;margin-left:8px;padding:0 6px;border:1px solid var(--line);
