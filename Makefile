@@ -15,6 +15,10 @@ export FIQA_OVERRIDES := $(value OVERRIDES)
 export FIQA_WORKDIR := $(value WORKDIR)
 export FIQA_ONLY := $(value ONLY)
 python = "$$FIQA_VENV/bin/python"
+# make hands variables of its command line to every program below it. A `make` that a test starts elsewhere
+# would take them for its own wishes, and build its environment over this one.
+unexport VENV PROFILE OVERRIDES WORKDIR ONLY FRESH ARGS
+MAKEOVERRIDES =
 
 .DEFAULT_GOAL := help
 .PHONY: help run test test-slow lab env check lint format clean lock

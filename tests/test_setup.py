@@ -155,9 +155,15 @@ def test_module_imports_nothing_heavy(module):
     assert found == []
 
 
+# What `make test VENV=...` and its caller hand down: without them a `make` started here does as in a new shell.
+HANDED_DOWN = {"VENV", "PROFILE", "OVERRIDES", "WORKDIR", "ONLY", "FRESH", "ARGS", "PYTHON", "EXTRAS"}
+
+
 def make(*arguments: str, cwd: Path = PROJECT, **environment: str) -> subprocess.CompletedProcess:
     keep = {
-        key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "FIQA_"))
+        key: value
+        for key, value in os.environ.items()
+        if key not in HANDED_DOWN and not key.startswith(("MAKE", "MFLAGS", "FIQA_"))
     }
     return subprocess.run(
         ["make", *arguments], cwd=cwd, capture_output=True, text=True, env=keep | environment
@@ -238,6 +244,18 @@ def test_make_passes_values_on_untouched(clone, name, value, option):
     called = (clone / "called").read_text().splitlines()
     assert called[called.index(option) + 1] == value
     assert "--fresh" not in called
+
+
+def test_make_keeps_its_variables_to_itself(clone):
+    """`make test VENV=/kept` once handed VENV to the tests, one of which built its own environment over it."""
+    (finished_environment(clone) / "bin" / "python").write_text(
+        '#!/bin/sh\n[ "$1" = -c ] && echo 3.12 && exit 0\nenv >>environment\n'
+    )
+    result = make("lint", f"VENV={clone / '.venv'}", "ARGS=-x", cwd=clone)
+    assert result.returncode == 0, result.stderr
+    handed_down = (clone / "environment").read_text().splitlines()
+    assert not [line for line in handed_down if line.startswith(("VENV=", "ARGS="))]
+    assert not [line for line in handed_down if line.startswith("MAKEFLAGS=") and "VENV" in line]
 
 
 @pytest.mark.parametrize(("value", "fresh"), [("1", True), ("yes", True), ("0", False), ("", False)])
