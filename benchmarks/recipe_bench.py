@@ -26,7 +26,7 @@ from pathlib import Path
 from fiqa_helpers import batching, data, launch, machine, model, notebook, profiles, prompts, recipe
 from fiqa_helpers.paths import Workspace
 from fiqa_helpers.recipe_check import check_recipe
-from fiqa_helpers.recipe_follow import RecipePanel, read_metrics, run_recipe
+from fiqa_helpers.recipe_follow import RecipePanel, kill_all, read_metrics, run_recipe
 from fiqa_helpers.recipe_schema import read_recipe
 from fiqa_helpers.runcard import write_card
 
@@ -112,8 +112,6 @@ def through_peft(run: notebook.Run, path: Path, adapter: Path) -> dict:
 
 def kill_and_resume(run: notebook.Run, args: argparse.Namespace, cpu: bool) -> dict:
     """Start the run again in a folder of its own, SIGKILL all of it after a checkpoint, and resume it."""
-    import psutil
-
     folder = launch.fresh_folder(run.workspace)
     path = recipe.write_recipe(run, folder / "recipe.yaml", folder / "run", args.gpus)
     (folder / "run").mkdir()
@@ -123,11 +121,8 @@ def kill_and_resume(run: notebook.Run, args: argparse.Namespace, cpu: bool) -> d
         first = run.profile.eval_steps
         while process.poll() is None and len(trained(read_metrics(folder / "run"))) <= first:
             time.sleep(0.1)  # a step after the checkpoint, so that the resumed run must take it again
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for one in family:  # torchrun puts each process in a session of its own: no group holds them all
-            one.kill()
+        kill_all(process.pid)
         process.wait()
-        psutil.wait_procs(family, timeout=60)
     before = trained(read_metrics(folder / "run"))
     for name in ("training.jsonl", "validation.jsonl"):  # so that only the resumed run's lines are read
         (folder / "run" / name).rename(folder / f"killed_{name}")

@@ -123,8 +123,9 @@ def write_sbatch(
 ) -> Path:
     """Write a complete batch file for Slurm to `target`; returns it. `sbatch TARGET` submits it.
 
-    Slurm sends SIGTERM two minutes before the time is up, at which NeMo saves a checkpoint; a job that is
-    requeued goes on from it, because the folder is the same. `setup` makes the environment's programs known.
+    Slurm sends SIGTERM two minutes before the time is up, at which NeMo saves a checkpoint and ends; the job
+    then queues itself again and goes on from it, because the folder is the same. `setup` makes the
+    environment's programs known.
 
     Raises:
         WorkshopError: the batch can't be shared like that, or a name with signs that Slurm does not take.
@@ -147,6 +148,7 @@ def write_sbatch(
         nodes=nodes,
         gpus=gpus,
         hours=f"{hours:02}",
+        late=3600 * hours - 180,
         extra=extra,
         setup=setup,
         port=PORT,
@@ -181,8 +183,15 @@ export TOKENIZERS_PARALLELISM=false
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # one torchrun a node; each starts {gpus} processes, one a GPU
+status=0
 srun torchrun \\
   --nnodes "$SLURM_NNODES" --nproc-per-node {gpus} \\
   --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head_node:{port}" \\
-  -m {module} {recipe}
+  -m {module} {recipe} || status=$?
+
+# ended near the time limit: that was Slurm's SIGTERM; the run is saved and goes on when its turn comes again
+if (( status != 0 && SECONDS > {late} )); then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
 """

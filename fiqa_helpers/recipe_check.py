@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from fiqa_helpers.errors import WorkshopError
 from fiqa_helpers.launch import refuse_batch, refuse_old_run, refuse_other_model
 from fiqa_helpers.recipe_data import fault_of_batch
-from fiqa_helpers.recipe_schema import RecipeFile, read_recipe, refuse_ignored
+from fiqa_helpers.recipe_schema import RecipeFile, read_recipe, refuse_ignored, refuse_values
+from fiqa_helpers.recipe_values import refuse_nonsense
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,6 +69,8 @@ def check_recipe(
     recipe = read_recipe(Path(path))
     with _quiet():
         refuse_ignored(recipe)
+        refuse_nonsense(recipe)
+        refuse_values(recipe)
         refuse_batch(recipe, gpus)
         refuse_other_model(recipe) if resume else refuse_old_run(recipe)
         return _build(recipe, gpus, tokenizer)

@@ -92,10 +92,12 @@ def fault_of_batch(batch: "dict[str, torch.Tensor]", eos_token_id: int, max_leng
     return None
 
 
-def load_tokenizer(name: str, revision: str = "main", **_: object) -> "PreTrainedTokenizerBase":
+def load_tokenizer(
+    name: str, revision: str = "main", trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
     """The tokenizer of the notebooks (padding token apart from the end token), for the recipe's YAML.
 
-    NeMo AutoModel adds an argument of its own, `trust_remote_code`, which is not needed for any model here.
+    NeMo AutoModel adds `trust_remote_code` by itself; whatever it says, no code of a model's is run.
     """
     from fiqa_helpers.model import load_tokenizer as load
     from fiqa_helpers.profiles import REFERENCE

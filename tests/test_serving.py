@@ -4,6 +4,8 @@ import json
 import shlex
 import shutil
 import socket
+import subprocess
+import sys
 import urllib.request
 from dataclasses import replace
 
@@ -169,6 +171,28 @@ def test_vllm_line():
     assert words[words.index("--host") + 1] == "127.0.0.1"
     with pytest.raises(WorkshopError, match="merge the adapter"):
         serving.vllm_line("m", serving.Path("a"), rank=1000)
+
+
+@pytest.mark.slow
+def test_the_gguf_file_is_the_merged_model(smollm2, tmp_path):
+    """The printed commands, run as they are: the file's weights and tokens must be the folder's."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    target = tmp_path / "a b" / "model.gguf"
+    target.parent.mkdir()
+    for line in serving.gguf_lines(smollm2, target, tmp_path / "converter"):
+        subprocess.run(line, shell=True, check=True, capture_output=True, timeout=600)
+    packed = AutoModelForCausalLM.from_pretrained(
+        target.parent, gguf_file=target.name, quantization_config=GgufConfig(dequantize=True)
+    )
+    whole = AutoModelForCausalLM.from_pretrained(smollm2)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    expected = merge.probe_logits(whole, tokenizer, "plain")
+    found = merge.probe_logits(
+        packed, AutoTokenizer.from_pretrained(target.parent, gguf_file=target.name), "plain"
+    )
+    assert (found - expected).abs().max() < 0.05 * expected.std()
+    assert "gguf" not in sys.modules or "converter" not in str(sys.modules["gguf"].__file__)
 
 
 def test_an_at_sign_in_a_path(tmp_path):
