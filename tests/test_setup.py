@@ -155,7 +155,7 @@ def test_module_imports_nothing_heavy(module):
     assert found == []
 
 
-# What `make test VENV=...` and its caller hand down: without them a `make` started here does as in a new shell.
+# What `make test VENV=...` and its caller hand down: without them a `make` started here is as in a new shell.
 HANDED_DOWN = {"VENV", "PROFILE", "OVERRIDES", "WORKDIR", "ONLY", "FRESH", "ARGS", "PYTHON", "EXTRAS"}
 
 
@@ -247,7 +247,7 @@ def test_make_passes_values_on_untouched(clone, name, value, option):
 
 
 def test_make_keeps_its_variables_to_itself(clone):
-    """`make test VENV=/kept` once handed VENV to the tests, one of which built its own environment over it."""
+    """`make test VENV=/kept` once handed VENV to the tests, one of which built an environment over it."""
     (finished_environment(clone) / "bin" / "python").write_text(
         '#!/bin/sh\n[ "$1" = -c ] && echo 3.12 && exit 0\nenv >>environment\n'
     )
