@@ -1,194 +1,268 @@
 """Which training and decoding settings make the small model better than it was? An honest search.
 
-Every one of the 648 packaged rows is answered by an adapter that has not seen it (5 folds, out of fold), and
-whatever is chosen is chosen inside a fold's own training part. So the final comparison is made once, on rows
-that took part in no decision. What was tried is kept, failures too: one JSON file per trial.
+The 648 packaged rows are in five folds. Each fold is answered by an adapter that has not seen it, trained
+with settings that were chosen without it: `inner` trials leave out two neighbouring folds, train on the other
+three and measure both, so that the choice for a fold looks only at rows outside of it. The comparison on all
+rows is made once, out of fold. What was tried is kept, failures too.
 
-    python benchmarks/recipe_search.py --out FOLDER --overrides "{device: cuda, max_length: 1024}" --minutes 9
+    python benchmarks/recipe_search.py --out FOLDER --workers 5 --minutes 8 --overrides \
+        "{device: cuda, dtype: bfloat16, max_length: 1024, tokens_per_batch: 8192, batch_size: 16,
+        max_new_tokens: 256}"
 
-A run that is out of time, or killed, goes on with the same command. `--report` prints what is there so far.
+A run that is out of time, or killed, goes on with the same command. `recipe_report.py` makes the tables. All
+decodings of a trial are generated as one batch, and the workers share the card: a model this small does not
+fill one.
 """
 
 import argparse
+import copy
 import json
+import math
+import os
+import re
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from fiqa_helpers import notebook, profiles
-from fiqa_helpers.evaluation import Evaluated, evaluate
-from fiqa_helpers.evaluation_report import compare_all, score_floors, table
-from fiqa_helpers.paths import Workspace
-from fiqa_helpers.reference_nll import reference_nll
-from fiqa_helpers.runcard import write_card
-from fiqa_helpers.solvers import Decoding, ModelSolver
+from fiqa_helpers import assets, data, metrics, model, notebook, profiles
+from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.runcard import read_card, write_card, write_json
 
 FOLDS = 5
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-REPORTED = ("similarity", "token_f1", "nll", "stopped", "repeated")
+MEASURED = ("similarity", "token_f1", "nll", "stopped", "repeated", "tokens")
+DECODINGS = {  # keywords of `generate`, for base and tuned alike; all greedy
+    "greedy": {},
+    "no_repeat": {"no_repeat_ngram_size": 4},
+    "no_repeat, ends": {"no_repeat_ngram_size": 4, "exponential_decay_length_penalty": (100, 1.015)},
+}
+OUTER_SECONDS = 80  # kept for the trials on the folds themselves
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What one trial trains with. An answer outside the limits of length, or with a link, may be left out."""
+    """What a trial trains with. Answers out of bounds are left out; `first_words` shortens the others."""
 
     learning_rate: float = 2e-4
-    steps: int = 94  # three epochs of 500 rows in steps of 16
-    rank: int = 8
+    epochs: int = 3
+    rank: int = 8  # alpha is four times as much
     all_linear: bool = False
     neftune: float = 0.0  # noise on the embeddings (Jain et al. 2023, arXiv:2310.05914)
     anchor: float = 0.0  # weight of the KL divergence from the frozen base, on answer tokens
     shortest: int = 0  # words
     longest: int = 100_000  # words
-    links: bool = True
+    links: bool = True  # whether answers with links are kept
+    first_words: int = 0  # whole sentences from the start, at most so many words; 0 is the whole answer
+    prompt: str = "plain"
 
 
-SETTINGS = {
+BRIEF = Setting(5e-4, 2, shortest=20, links=False, first_words=100)
+SETTINGS = {  # the most promising first, as time may run out
     "reference": Setting(),
+    "beginnings": BRIEF,
+    "beginnings, all linear": replace(BRIEF, rank=16, all_linear=True),
+    "short answers only": Setting(5e-4, 3, shortest=20, longest=120, links=False),
+    "beginnings, anchored": replace(BRIEF, anchor=0.5),
+    "beginnings, faster": replace(BRIEF, learning_rate=1e-3),
+    "beginnings, slower": replace(BRIEF, learning_rate=2e-4),
+    "answers up to 200 words": Setting(5e-4, 2, shortest=20, longest=200, links=False),
+    "beginnings of 60 words": replace(BRIEF, first_words=60),
+    "beginnings, NEFTune": replace(BRIEF, neftune=5.0),
+    "chat, beginnings": replace(BRIEF, prompt="chat"),
+    "beginnings, 4 epochs": replace(BRIEF, epochs=4),
     "gentle": Setting(learning_rate=5e-5),
-    "gentle, one epoch": Setting(learning_rate=1e-4, steps=31),
-    "fast, short": Setting(learning_rate=1e-3, steps=31),
-    "all linear": Setting(learning_rate=2e-4, rank=16, all_linear=True),
-    "all linear, gentle": Setting(learning_rate=5e-5, rank=16, all_linear=True),
-    "filtered": Setting(shortest=20, longest=300, links=False),
-    "filtered, short answers": Setting(shortest=20, longest=120, links=False),
-    "neftune": Setting(neftune=5.0),
+    "fast, one epoch": Setting(learning_rate=1e-3, epochs=1),
+    "all linear": Setting(rank=16, all_linear=True),
     "anchored": Setting(anchor=0.5),
-    "anchored, filtered": Setting(anchor=0.5, shortest=20, longest=300, links=False),
-    "anchored, all linear, filtered": Setting(
-        rank=16, all_linear=True, anchor=0.5, shortest=20, longest=300, links=False
-    ),
+    "NEFTune": Setting(neftune=5.0),
+    "chat": Setting(prompt="chat"),
 }
-NO_REPEAT = (0, 4)  # no_repeat_ngram_size
 
 
 class Search:
-    """The model, the rows in folds, and the trials in a folder."""
+    """One worker: the model, the rows in folds, and the files of its trials."""
 
     def __init__(self, args: argparse.Namespace):
-        from fiqa_helpers import data, model
+        from rouge_score.rouge_scorer import RougeScorer
+
         from fiqa_helpers.similarity import Similarity
 
-        self.args = args
-        self.deadline = time.monotonic() + 60 * args.minutes
+        self.args, self.out = args, Path(args.out)
         self.profile = profiles.load_profile(args.profile, args.overrides)
-        self.workspace = Workspace(args.out)
-        self.trials = self.workspace.outputs / "trials"
-        self.trials.mkdir(exist_ok=True)
-        splits = data.load_fiqa("packaged")
-        rows = [row for split in ("train", "validation", "test") for row in splits[split]][
-            : args.rows or None
-        ]
-        self.folds = [rows[fold::FOLDS] for fold in range(FOLDS)]
+        self.folds = load_folds(args.rows)
         self.tokenizer = model.load_tokenizer(self.profile)
-        self.base = model.load_base(self.profile)
+        self.model = model.load_base(self.profile)
         self.similarity = Similarity(device=self.profile.device)
+        self.rouge = RougeScorer(["rouge1"], use_stemmer=False)
+        self.slowest = 0.0  # seconds of a trial
 
-    def training_part(self, fold: int) -> list[dict]:
-        return [row for other in range(FOLDS) if other != fold for row in self.folds[other]]
-
-    def trial(self, fold: int, name: str, kind: str, no_repeat: tuple[int, ...]) -> dict:
-        """Train `name` and measure it: `inner` on a tenth of the training part, `outer` on the fold."""
-        path = self.trials / f"{fold}-{kind}-{name.replace(', ', '_').replace(' ', '-')}.json"
+    def base(self, fold: int) -> None:
+        """The untuned model's answers to a fold, under every prompt and decoding, to `base/FOLD.json`."""
+        path = self.out / "base" / f"{fold}.json"
         if path.exists():
-            return json.loads(path.read_text())
-        if time.monotonic() > self.deadline:
-            print(f"Out of time before {path.stem}: the same command goes on from here.")
-            sys.exit(3)
-        part = self.training_part(fold)
-        train, measured = (part, self.folds[fold]) if kind == "outer" else (part[::10], part[::10])
-        if kind == "inner":
-            train = [row for i, row in enumerate(part) if i % 10]
-        started = time.monotonic()
-        tuned = self.train(SETTINGS[name], train, fold)
-        try:
-            found = {
-                str(n): self.measure(tuned, measured, Decoding(self.profile.max_new_tokens, n))
-                for n in no_repeat
-            }
-        finally:
-            self.base = tuned.unload()
-        seconds = round(time.monotonic() - started, 1)
-        card = dict(
-            fold=fold, kind=kind, name=name, setting=asdict(SETTINGS[name]), seconds=seconds, found=found
-        )
-        write_card(path, profile=asdict(self.profile), **card)
-        return json.loads(path.read_text())
+            return
+        styles = sorted({SETTINGS[name].prompt for name in self.args.settings})
+        write_json(path, {style: self.measure(self.model, self.folds[fold], style, True) for style in styles})
 
-    def train(self, setting: Setting, rows: list[dict], fold: int):
-        """The base with an adapter trained on `rows`; the same call gives the same adapter."""
+    def inner(self, pair: int) -> None:
+        """Every setting on the three folds outside of `pair`, measured on its two, to `inner/PAIR.json`."""
+        path = self.out / "inner" / f"{pair}.json"
+        done = read_card(path) or {}
+        left_out = (pair, (pair + 1) % FOLDS)
+        for name in self.args.settings:
+            if name in done:
+                continue
+            if time.time() + self.slowest > self.args.deadline - OUTER_SECONDS:
+                print(f"Pair {pair}: out of time before {name!r}.", flush=True)
+                break
+            done[name] = self.trial(name, left_out, seed=pair, keep_answers=False)
+            write_json(path, done)
+
+    def outer(self, fold: int) -> None:
+        """The reference setting and the chosen one on the four other folds, measured on `fold`."""
+        path = self.out / "outer" / f"{fold}.json"
+        done = read_card(path) or {}
+        if "chosen" not in done:
+            done["chosen"] = choose(self.out, fold)
+        for name in dict.fromkeys(["reference", done["chosen"]["setting"]]):
+            if name not in done:
+                done[name] = self.trial(name, (fold,), seed=FOLDS + fold, keep_answers=True)
+                write_json(path, done)
+
+    def trial(self, name: str, left_out: tuple[int, ...], seed: int, keep_answers: bool) -> dict:
+        """Train `name` on the folds that are not left out and measure it on those that are."""
+        setting, started = SETTINGS[name], time.time()
+        rows = [row for fold in range(FOLDS) if fold not in left_out for row in self.folds[fold]]
+        try:
+            tuned, log = self.train(setting, prepared(rows, setting), seed)
+            merged = copy.deepcopy(tuned).merge_and_unload()
+            self.model = tuned.unload()
+            trained = time.time()
+            measured = [row for fold in left_out for row in self.folds[fold]]
+            found = self.measure(merged, measured, setting.prompt, keep_answers)
+        except WorkshopError as error:  # a loss that exploded is a result, too
+            return {"setting": asdict(setting), "failed": str(error)}
+        seconds = {"training": round(trained - started, 1), "measuring": round(time.time() - trained, 1)}
+        self.slowest = max(self.slowest, time.time() - started)
+        print(f"{left_out} {name}: {log['steps']} steps, loss {log['loss']:.3f}, {seconds}", flush=True)
+        return {"setting": asdict(setting), **log, "seconds": seconds, "folds": left_out, "found": found}
+
+    def train(self, setting: Setting, rows: list[dict], seed: int) -> tuple:
+        """(the model with an adapter trained on `rows`, what the Trainer says of it)."""
         from datasets import Dataset
         from peft import get_peft_model
         from transformers import TrainingArguments, set_seed
 
         from fiqa_helpers.batching import StepCollator
-        from fiqa_helpers.model import lora_config
         from fiqa_helpers.prompts import encode_rows
-
-        def wanted(answer: str) -> bool:
-            link = "http" in answer or "www." in answer
-            return setting.shortest <= len(answer.split()) <= setting.longest and (setting.links or not link)
 
         profile = replace(
             self.profile,
             lora_rank=setting.rank,
             lora_alpha=4 * setting.rank,
             lora_targets=ALL_LINEAR if setting.all_linear else self.profile.lora_targets,
+            prompt=setting.prompt,
         )
-        kept = Dataset.from_list([row for row in rows if wanted(row["ground_truths"][0])])
-        set_seed(profile.seed + fold)
-        model = get_peft_model(self.base, lora_config(profile))
+        steps = setting.epochs * math.ceil(len(rows) / profile.batch_size)
+        set_seed(profile.seed + seed)
+        tuned = get_peft_model(self.model, model.lora_config(profile))
         arguments = TrainingArguments(
-            output_dir=str(self.workspace.checkpoints / "search"),
-            per_device_train_batch_size=16,
-            max_steps=min(setting.steps, self.args.cap_steps or setting.steps),
+            output_dir=str(self.out / "trainer"),
+            per_device_train_batch_size=profile.batch_size,
+            max_steps=min(steps, self.args.cap_steps or steps),
             learning_rate=setting.learning_rate,
-            warmup_steps=0.1,
+            warmup_steps=profile.warmup_ratio,
             neftune_noise_alpha=setting.neftune or None,
             save_strategy="no",
-            logging_steps=10,
+            logging_steps=5,
             remove_unused_columns=False,
             use_cpu=profile.device == "cpu",
-            seed=profile.seed + fold,
+            seed=profile.seed + seed,
             disable_tqdm=True,
             report_to="none",
         )
         trainer = anchored_trainer(setting.anchor)(
-            model=model,
+            model=tuned,
             args=arguments,
-            train_dataset=encode_rows(kept, self.tokenizer, profile),
+            train_dataset=encode_rows(Dataset.from_list(rows), self.tokenizer, profile),
             data_collator=StepCollator(self.tokenizer.pad_token_id, profile.tokens_per_batch, "padded"),
         )
-        trainer.train()
-        return model.eval()
+        found = trainer.train()
+        return tuned.eval(), {"rows": len(rows), "steps": found.global_step, "loss": found.training_loss}
 
-    def measure(self, tuned, rows: list[dict], decoding: Decoding) -> list[dict]:
-        """Samples of base and tuned on `rows`: [{"base": {...}, "tuned": {...}}, ...]."""
-        sides = []
-        for is_tuned in (False, True):
-            batch = 6 if self.profile.device == "cpu" else 64
-            solver = ModelSolver(tuned, self.tokenizer, self.profile.prompt, decoding, batch, is_tuned)
-            label = "tuned" if is_tuned else "base"
-            side = evaluate(self.workspace, rows, solver, self.similarity, label)
-            with solver.active():
-                kept = side.folder / "reference_nll.json"
-                side.add("nll", reference_nll(tuned, self.tokenizer, rows, self.profile, kept))
-            sides.append(side.samples)
-        return [{"base": base, "tuned": tuned} for base, tuned in zip(*sides, strict=True)]
+    def measure(self, model, rows: list[dict], style: str, keep_answers: bool) -> dict:
+        """Of each decoding, the metrics as columns over `rows`: {"no_repeat": {"similarity": [...], ...}}."""
+        from fiqa_helpers.reference_nll import reference_nll
 
-    def choose(self, fold: int) -> tuple[str, int]:
-        """The setting and decoding that gained most similarity inside the fold, damage excluded."""
-        candidates = []
-        for name in self.args.settings:
-            found = self.trial(fold, name, "inner", NO_REPEAT)["found"]
-            for n, pairs in found.items():
-                gain = {metric: difference(pairs, metric) for metric in REPORTED}
-                stops = sum(pair["tuned"]["stopped"] for pair in pairs) / len(pairs)
-                sound = gain["nll"] < 0 and gain["repeated"] <= 0 and gain["token_f1"] > 0 and stops >= 0.95
-                candidates.append((sound, gain["similarity"], name, int(n)))
-        *_, name, n = max(candidates)
-        return name, n
+        free_memory()
+        answers = self.answers(model, rows, style)
+        nll = reference_nll(model, self.tokenizer, rows, replace(self.profile, prompt=style))
+        texts = [answer.text.strip() for column in answers.values() for answer in column]
+        self.similarity.embed(texts + [text for row in rows for text in row["ground_truths"]])  # in one go
+        found = {}
+        for name, column in answers.items():
+            columns = {metric: [] for metric in MEASURED} | {"nll": nll}
+            for answer, row in zip(column, rows, strict=True):
+                text, references = answer.text.strip(), row["ground_truths"]
+                columns["similarity"].append(self.similarity.best(text, references)[0])
+                columns["token_f1"].append(self.rouge.score_multi(references, text)["rouge1"].fmeasure)
+                columns["repeated"].append(metrics.repeated(text))
+                columns["stopped"].append(answer.stopped)
+                columns["tokens"].append(answer.n_tokens)
+            found[name] = {metric: [round(v, 4) for v in values] for metric, values in columns.items()}
+            if keep_answers:
+                found[name]["answer"] = [answer.text for answer in column]
+        free_memory()
+        return found
+
+    def answers(self, model, rows: list[dict], style: str) -> dict[str, list]:
+        """Every decoding's answers to `rows`, all decodings side by side in one batch."""
+        from transformers import LogitsProcessorList
+
+        from fiqa_helpers.generation import generate_answers
+
+        found = {name: [] for name in DECODINGS}
+        at_once = self.args.batch // len(DECODINGS)
+        for start in range(0, len(rows), at_once):
+            questions = [row["question"] for row in rows[start : start + at_once]]
+            made = generate_answers(
+                model,
+                self.tokenizer,
+                questions * len(DECODINGS),
+                style,
+                self.profile.max_new_tokens,
+                logits_processor=LogitsProcessorList(
+                    [side_by_side(len(questions), self.tokenizer.eos_token_id)]
+                ),
+            )
+            for i, column in enumerate(found.values()):
+                column += made[i * len(questions) : (i + 1) * len(questions)]
+        return found
+
+
+def side_by_side(rows: int, end: int):
+    """A logits processor that treats each `rows` rows of the batch by the next of DECODINGS."""
+    import torch
+    from transformers import ExponentialDecayLengthPenalty, LogitsProcessorList, NoRepeatNGramLogitsProcessor
+
+    made: list = []
+
+    def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not made:  # the first token: what is there is the prompt
+            for wanted in DECODINGS.values():
+                parts = LogitsProcessorList()
+                if "no_repeat_ngram_size" in wanted:
+                    parts.append(NoRepeatNGramLogitsProcessor(wanted["no_repeat_ngram_size"]))
+                if "exponential_decay_length_penalty" in wanted:
+                    decay = wanted["exponential_decay_length_penalty"]
+                    parts.append(ExponentialDecayLengthPenalty(decay, end, ids.shape[1]))
+                made.append(parts)
+        groups = zip(made, ids.split(rows), scores.split(rows), strict=True)
+        return torch.cat([parts(part, values) for parts, part, values in groups])
+
+    return process
 
 
 def anchored_trainer(weight: float):
@@ -200,75 +274,173 @@ def anchored_trainer(weight: float):
 
     class Anchored(AnswerTrainer):
         def _loss_sum(self, model, micro_batch):
-            loss = super()._loss_sum(model, micro_batch)
-            if not model.training:
-                return loss
             inputs = self._prepare_inputs(micro_batch)
-            answer = inputs.pop("labels")[:, 1:] != IGNORE_INDEX
+            labels = inputs.pop("labels")[:, 1:]
+            answer = labels != IGNORE_INDEX
             tuned = model(**inputs, use_cache=False).logits[:, :-1][answer].float().log_softmax(-1)
             with torch.no_grad(), model.disable_adapter():
                 base = model(**inputs, use_cache=False).logits[:, :-1][answer].float().log_softmax(-1)
+            loss = torch.nn.functional.nll_loss(tuned, labels[answer], reduction="sum")
             return loss + weight * torch.nn.functional.kl_div(tuned, base, reduction="sum", log_target=True)
 
     return Anchored if weight else AnswerTrainer
 
 
-def difference(pairs: list[dict], metric: str) -> float:
-    """Mean of tuned minus base."""
-    return sum(pair["tuned"][metric] - pair["base"][metric] for pair in pairs) / len(pairs)
+def prepared(rows: list[dict], setting: Setting) -> list[dict]:
+    """The training rows as the setting wants them: filtered, answers shortened."""
+    kept = []
+    for row in rows:
+        answer = row["ground_truths"][0]
+        link = "http" in answer or "www." in answer
+        if setting.shortest <= len(answer.split()) <= setting.longest and (setting.links or not link):
+            answer = beginning(answer, setting.first_words) if setting.first_words else answer
+            kept.append({"question": row["question"], "ground_truths": [answer]})
+    return kept
 
 
-def report(folder: Path) -> None:
-    """Every trial so far, as a Markdown table."""
-    print("| fold | kind | setting | no_repeat | rows | s | " + " | ".join(REPORTED) + " |")
-    print("|" + "---|" * (6 + len(REPORTED)))
-    for path in sorted(folder.glob("*.json")):
-        trial = json.loads(path.read_text())
-        for n, pairs in trial["found"].items():
-            gains = " | ".join(f"{difference(pairs, metric):+.4f}" for metric in REPORTED)
-            print(
-                f"| {trial['fold']} | {trial['kind']} | {trial['name']} | {n} | {len(pairs)} | "
-                f"{trial['seconds']:.0f} | {gains} |"
-            )
+def beginning(answer: str, words: int) -> str:
+    """Whole sentences from the start of `answer`, at most `words` words, but at least one sentence."""
+    sentences = re.split(r"(?<=[.!?])\s+", answer.strip())
+    kept = sentences[:1]
+    for sentence in sentences[1:]:
+        if len(" ".join([*kept, sentence]).split()) > words:
+            break
+        kept.append(sentence)
+    return " ".join(kept)
+
+
+def choose(out: Path, fold: int) -> dict:
+    """The setting and decoding for `fold`, from the inner trials that neither trained on it nor measured it.
+
+    Of those that beat the base under the same prompt and decoding beyond doubt (similarity and token F1 two
+    standard errors up, reference NLL down, repetition not as much up, 95 % stopped), the one with the most
+    similar answers; if there is none, the one whose similarity gains most.
+    """
+    candidates = []
+    for name, decoding, pairs in inner_results(out, fold):
+        gain, error = {}, {}
+        for metric in MEASURED:
+            values = [t - b for b, t in zip(*pairs[metric], strict=True)]
+            gain[metric] = sum(values) / len(values)
+            error[metric] = math.sqrt(sum((v - gain[metric]) ** 2 for v in values)) / len(values)
+        stops = sum(pairs["stopped"][1]) / len(pairs["stopped"][1])
+        no_worse = gain["repeated"] <= 2 * error["repeated"]
+        sound = gain["nll"] < 0 and no_worse and stops >= 0.95
+        beats = all(gain[metric] > 2 * error[metric] for metric in ("similarity", "token_f1"))
+        similar = sum(pairs["similarity"][1]) / len(pairs["similarity"][1])
+        order = (sound and beats, sound, similar if sound and beats else gain["similarity"])
+        candidates.append((order, name, decoding))
+    if not candidates:
+        raise WorkshopError(f"{out} holds no inner trial that leaves out fold {fold}: run the search longer.")
+    order, name, decoding = max(candidates)
+    return {
+        "setting": name,
+        "decoding": decoding,
+        "beyond doubt": order[0],
+        "candidates": len(candidates),
+    }
+
+
+def inner_results(out: Path, fold: int | None = None):
+    """(setting, decoding, {metric: (base, tuned)}) of all inner trials, or what a choice for `fold` may see.
+
+    The pairs beside `fold` leave it out of training; of their two folds the other one is measured.
+    """
+    base = {place: read_card(out / "base" / f"{place}.json") for place in range(FOLDS)}
+    seen = [(pair, place) for pair in range(FOLDS) for place in (pair, (pair + 1) % FOLDS)]
+    if fold is not None:
+        seen = [(fold, (fold + 1) % FOLDS), ((fold - 1) % FOLDS, (fold - 1) % FOLDS)]
+    trials = {pair: read_card(out / "inner" / f"{pair}.json") or {} for pair, _ in seen}
+    for name, setting in SETTINGS.items():
+        if any("found" not in trials[pair].get(name, {}) for pair, _ in seen):
+            continue  # one part failed, or time ran out
+        for decoding in DECODINGS:
+            pairs = {metric: ([], []) for metric in MEASURED}
+            for pair, place in seen:
+                columns = base[place][setting.prompt][decoding]
+                rows = len(columns["nll"])
+                cut = slice(rows) if pair == place else slice(-rows, None)
+                for metric, (before, after) in pairs.items():
+                    before += columns[metric]
+                    after += trials[pair][name]["found"][decoding][metric][cut]
+            yield name, decoding, pairs
+
+
+def load_folds(rows: int = 0) -> list[list[dict]]:
+    """The packaged rows (or the first so many) in five folds."""
+    splits = data.load_fiqa("packaged")
+    found = [row for split in ("train", "validation", "test") for row in splits[split]][: rows or None]
+    return [found[fold::FOLDS] for fold in range(FOLDS)]
+
+
+def free_memory() -> None:
+    """Give back what this worker's allocator keeps: the card is shared."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def wait_for(paths: list[Path]) -> None:
+    """Return when all are there; the other workers write them."""
+    patience = time.time() + 600
+    while not all(path.exists() for path in paths):
+        if time.time() > patience:
+            raise WorkshopError("Another worker has not finished: look at its log, then start again.")
+        time.sleep(0.2)
+
+
+def work(args: argparse.Namespace) -> None:
+    """What one worker does: its folds' base and inner trials, then, when all are done, the outer ones."""
+    search, own = Search(args), range(FOLDS)[args.worker :: args.workers]
+    for fold in own:
+        search.base(fold)
+        search.inner(fold)
+        (search.out / "inner" / f"{fold}.{args.run}.done").touch()
+    wait_for([search.out / "inner" / f"{fold}.{args.run}.done" for fold in range(FOLDS)])
+    for fold in own:
+        search.outer(fold)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", required=True, help="folder for trials and answers")
+    parser.add_argument("--out", required=True, help="folder for the results")
     parser.add_argument("--profile", default="laptop")
     parser.add_argument("--overrides", default="", help="YAML, as in the notebooks")
-    parser.add_argument("--minutes", type=float, default=1e6, help="begin no trial after so many minutes")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no inner trial that ends later")
     parser.add_argument("--settings", type=lambda text: text.split(";"), default=list(SETTINGS), help="a;b;c")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the device, at most 5")
+    parser.add_argument("--batch", type=int, default=780, help="answers in one generate")
     parser.add_argument("--rows", type=int, default=0, help="use so many rows (0: all 648)")
     parser.add_argument("--cap-steps", type=int, default=0, help="at most so many steps, to try the script")
-    parser.add_argument("--report", action="store_true", help="print the trials so far and stop")
+    parser.add_argument("--worker", type=int, default=-1, help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--run", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.report:
-        report(Workspace(args.out).outputs / "trials")
-        return
     notebook.quiet()
-    search = Search(args)
-    rows, pairs, chosen = [], [], {}
-    for fold in range(FOLDS):
-        name, n = search.choose(fold)
-        chosen[fold] = {"setting": name, "no_repeat_ngram_size": n}
-        print(f"Fold {fold}: chosen {name!r}, no_repeat_ngram_size {n}")
-        pairs += search.trial(fold, name, "outer", (n,))["found"][str(n)]
-        rows += search.folds[fold]
-    base, tuned = [
-        Evaluated(side, Path(), [pair[side] for pair in pairs], 0, {}, {}) for side in ("base", "tuned")
+    if args.worker >= 0:
+        work(args)
+        return
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers that spin take each other's cores
+    started, out = time.time(), Path(args.out)
+    for name in ("base", "inner", "outer"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    assets.minilm_folder(), assets.fiqa_test_file(), assets.smollm2_folder()  # once, before the workers
+    common = ["--deadline", str(started + 60 * args.minutes), "--run", str(os.getpid())]
+    workers = [
+        subprocess.Popen([sys.executable, __file__, *sys.argv[1:], *common, "--worker", str(number)])
+        for number in range(args.workers)
     ]
-    comparisons = compare_all(base, tuned)
-    floors = score_floors(rows, search.similarity)
-    print(table(comparisons, floors).to_string())
-    write_card(
-        search.workspace.outputs / "recipe.json",
-        chosen=chosen,
-        rows=len(rows),
-        comparisons={name: found.as_row() for name, found in comparisons.items()},
-    )
+    failed = [worker.args[-1] for worker in workers if worker.wait()]
+    for done in (out / "inner").glob("*.done"):
+        done.unlink()
+    profile = asdict(profiles.load_profile(args.profile, args.overrides))
+    seconds = round(time.time() - started)
+    write_card(out / "search.json", seconds=seconds, arguments=sys.argv[1:], profile=profile, failed=failed)
+    print(json.dumps({"seconds": seconds, "failed workers": failed}))
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""The recipe search: no choice looks at the rows that it is judged by, and decodings are what they say."""
+
+import json
+import random
+import sys
+
+import pytest
+
+from fiqa_helpers.generation import generate_answers
+
+NOISE = random.Random(0)
+
+
+@pytest.fixture(scope="module")
+def search(project):
+    sys.path.insert(0, str(project / "benchmarks"))
+    try:
+        import recipe_search
+    finally:
+        sys.path.pop(0)
+    return recipe_search
+
+
+def columns(search, rows, gain):
+    """Made-up metrics of `rows` rows under every decoding; `gain` is added to what should rise."""
+    one = {
+        "similarity": [0.4 + gain + NOISE.uniform(-0.05, 0.05) for _ in range(rows)],
+        "token_f1": [0.2 + gain + NOISE.uniform(-0.05, 0.05) for _ in range(rows)],
+        "nll": [3.0 - gain] * rows,
+        "stopped": [1] * rows,
+        "repeated": [0.0] * rows,
+        "tokens": [50] * rows,
+    }
+    return dict.fromkeys(search.DECODINGS, one)
+
+
+def results(search, out, gains, rows=20):
+    """The files of a search: base answers, and inner trials that gain `gains[name](pair, fold)`."""
+    for name in ("base", "inner"):
+        (out / name).mkdir()
+    for fold in range(search.FOLDS):
+        base = columns(search, rows, 0.0)
+        (out / "base" / f"{fold}.json").write_text(json.dumps({"plain": base, "chat": base}))
+        trials = {}
+        for name, gain in gains.items():
+            parts = [columns(search, rows, gain(fold, place)) for place in (fold, (fold + 1) % search.FOLDS)]
+            joined = {
+                decoding: {
+                    metric: parts[0][decoding][metric] + parts[1][decoding][metric] for metric in found
+                }
+                for decoding, found in parts[0].items()
+            }
+            trials[name] = {"found": joined}
+        (out / "inner" / f"{fold}.json").write_text(json.dumps(trials))
+
+
+def test_the_choice_for_a_fold_does_not_see_it(search, tmp_path):
+    """A setting that shines on fold 2 alone must not be chosen for it: that is picking by the test."""
+    shines = {
+        "reference": lambda pair, fold: 0.1,
+        "beginnings": lambda pair, fold: 0.9 if fold == 2 or 2 not in (pair, (pair + 1) % 5) else -0.1,
+    }
+    results(search, tmp_path, shines)
+    assert search.choose(tmp_path, 2)["setting"] == "reference"
+    assert search.choose(tmp_path, 4)["setting"] == "beginnings"
+
+
+def test_damage_is_not_chosen_for_its_similarity(search, tmp_path):
+    """More similarity at the price of answers that never end is what the search is there to avoid."""
+    results(search, tmp_path, {"reference": lambda *_: 0.1, "beginnings": lambda *_: 0.3})
+    for path in (tmp_path / "inner").iterdir():
+        trials = json.loads(path.read_text())
+        for found in trials["beginnings"]["found"].values():
+            found["stopped"] = [0] * len(found["stopped"])
+        path.write_text(json.dumps(trials))
+    chosen = search.choose(tmp_path, 0)
+    assert chosen["setting"] == "reference"
+    assert chosen["beyond doubt"]
+
+
+def test_a_setting_that_time_cut_off_is_no_candidate(search, tmp_path):
+    """Half a setting's trials would be compared with whole ones, on other rows."""
+    results(search, tmp_path, {"reference": lambda *_: 0.1, "beginnings": lambda *_: 0.3})
+    path = tmp_path / "inner" / "0.json"
+    path.write_text(json.dumps({"reference": json.loads(path.read_text())["reference"]}))
+    assert search.choose(tmp_path, 0)["setting"] == "reference"
+    assert search.choose(tmp_path, 3)["setting"] == "beginnings"
+
+
+def test_side_by_side_is_each_decoding_alone(search, tiny_model, tiny_tokenizer):
+    """Decodings that share a batch must not touch one another's rows, or start to count at another place."""
+    from transformers import LogitsProcessorList
+
+    questions = ["What is a bond?", "Should I sell?"]
+    processors = LogitsProcessorList([search.side_by_side(len(questions), tiny_tokenizer.eos_token_id)])
+    length = 120  # beyond the point where ending is made more likely
+    made = generate_answers(
+        tiny_model,
+        tiny_tokenizer,
+        questions * len(search.DECODINGS),
+        "plain",
+        length,
+        logits_processor=processors,
+    )
+    for i, wanted in enumerate(search.DECODINGS.values()):
+        alone = generate_answers(tiny_model, tiny_tokenizer, questions, "plain", length, **wanted)
+        assert made[2 * i : 2 * i + 2] == alone
+    assert len({answer.text for answer in made}) > len(questions), "the decodings do not differ"
+
+
+def test_training_rows_are_shortened_at_sentences(search):
+    """An answer cut in a sentence teaches to end there; a filter the wrong way round keeps the bad ones."""
+    assert search.beginning("One two. Three four! Five six?", 4) == "One two. Three four!"
+    assert search.beginning("A first sentence of many words. Two.", 3) == "A first sentence of many words."
+    rows = [
+        {"question": "q", "ground_truths": [text]}
+        for text in ("short", "see http://x.y " + "word " * 30, "word " * 30, "word " * 500)
+    ]
+    setting = search.Setting(shortest=20, longest=100, links=False)
+    assert search.prepared(rows, setting) == [rows[2]]
+    assert search.prepared(rows, search.Setting()) == rows
