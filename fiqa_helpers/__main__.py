@@ -1,17 +1,23 @@
-"""`python -m fiqa_helpers run` executes the tutorial; `python -m fiqa_helpers check` checks this machine."""
+"""`python -m fiqa_helpers COMMAND`: the notebooks' main steps from the command line.
+
+Exit codes: 0 done, 1 refused or failed (one sentence says why), 2 a command line that cannot be read.
+"""
 
 import argparse
-import dataclasses
 import sys
 
+from fiqa_helpers import commands
 from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.paths import Workspace
 
 EPILOG = """examples:
   python -m fiqa_helpers check
-  python -m fiqa_helpers run
   python -m fiqa_helpers run --only 01,02 --workdir /tmp/try
-  python -m fiqa_helpers run --profile gpu80 --overrides "{max_steps: 20, learning_rate: 1e-4}"
+  python -m fiqa_helpers train --profile gpu80 --overrides "{max_steps: 20, learning_rate: 1e-4}"
+  python -m fiqa_helpers ask "Should I pay off my mortgage early or invest the extra money?"
+  python -m fiqa_helpers evaluate --rows 48
+  python -m fiqa_helpers recipe --profile gpu80 --gpus 8
+
+COMMAND --help says more about each. Exit codes: 0 done, 1 refused or failed, 2 wrong command line.
 """
 
 
@@ -36,11 +42,73 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="where data/, checkpoints/ and outputs/ go (default: the project folder)",
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser("run", parents=[common], help="execute the notebooks in order")
+    subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, more: str = "") -> argparse.ArgumentParser:
+        """One subcommand: what it does in a line, and in full."""
+        sentence = help[0].upper() + help[1:] + "."
+        return subparsers.add_parser(
+            name, parents=[common], help=help, description=f"{sentence} {more}".strip()
+        )
+
+    command("check", "one line for each requirement, for bug reports too", "Exit code 1: one is not met.")
+
+    run = command("run", "execute the notebooks in order", "It ends with a table of results.")
     run.add_argument("--only", default="", metavar="NN", help="notebooks to run: 04, or 01,02, 00-03, 04-")
     run.add_argument("--fresh", action="store_true", help="train anew instead of resuming a stopped run")
-    commands.add_parser("check", parents=[common], help="one line for each requirement, for bug reports too")
+
+    train = command(
+        "train",
+        "prepare the data and train the adapter: notebooks 01 to 04",
+        "A training that was stopped goes on at its last checkpoint, a finished one is not repeated. "
+        "The adapter is left in checkpoints/final_model.",
+    )
+    train.add_argument("--fresh", action="store_true", help="train anew; the earlier run is kept aside")
+
+    ask = command(
+        "ask",
+        "answers of the untuned and the tuned model side by side, as in notebook 05",
+        "It needs an adapter: run `train` first, with the same profile and overrides.",
+    )
+    ask.add_argument("questions", nargs="+", metavar="QUESTION", help="in quotation marks, one or more")
+    ask.add_argument(
+        "--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token"
+    )
+    ask.add_argument("--sampling-seed", type=int, default=0, help="another seed draws other answers")
+
+    evaluate = command(
+        "evaluate",
+        "tuned against untuned, with floors and intervals: notebook 06",
+        "It needs an adapter, of `train` or in --adapter. Answers are kept, so a second call costs little.",
+    )
+    evaluate.add_argument("--adapter", default="", metavar="FOLDER", help="another adapter than `train` left")
+    evaluate.add_argument(
+        "--rows", type=int, default=0, help="test rows; 0: 12 on a CPU, all of them on a GPU"
+    )
+    evaluate.add_argument(
+        "--no-repeat-ngram-size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="forbid N tokens to occur twice; 0: don't",
+    )
+    evaluate.add_argument("--endpoint", default="", metavar="URL", help="a server that answers, like vLLM's")
+    evaluate.add_argument("--endpoint-base", default="", metavar="NAME", help="the base model's name there")
+    evaluate.add_argument("--endpoint-tuned", default="", metavar="NAME", help="the tuned model's name there")
+
+    recipe = command(
+        "recipe",
+        "the same run as a NeMo AutoModel recipe, written and checked as in notebook 07",
+        "Nothing is launched and no weights are loaded, so a recipe for a GPU profile can be written on any "
+        "machine. It needs the rows of notebook 01: run `run --only 01` first.",
+    )
+    recipe.add_argument("--gpus", type=int, default=1, help="GPUs that share a step's rows, over all nodes")
+    recipe.add_argument("--tracker", default="tensorboard", help="tensorboard, wandb or mlflow")
+    recipe.add_argument(
+        "--stand-in-tokenizer",
+        action="store_true",
+        help="check with SmolLM2's tokenizer, where the model's own is out of reach",
+    )
     return top
 
 
@@ -48,42 +116,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = parser().parse_args(arguments)
     try:
-        if options.command == "check":
-            return check(options)
-        return run(options)
+        return getattr(commands, options.command)(options)
     except WorkshopError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nInterrupted. The next run resumes the training at its last checkpoint.", file=sys.stderr)
         return 130
-
-
-def check(options: argparse.Namespace) -> int:
-    """Print the checks, for a profile that this machine cannot run too: they say what is missing."""
-    from fiqa_helpers.checks import checks, report
-    from fiqa_helpers.overrides import parse_overrides
-    from fiqa_helpers.profiles import PROFILES, Profile, load_profile
-
-    if options.profile in PROFILES:
-        kinds = {field.name: field.type for field in dataclasses.fields(Profile)}
-        values = parse_overrides(options.overrides, kinds)
-        profile = dataclasses.replace(PROFILES[options.profile], **values)
-    else:
-        profile = load_profile(options.profile, options.overrides)
-    results = checks(Workspace(options.workdir), profile)
-    print(report(results))
-    return 0 if all(result.ok for result in results) else 1
-
-
-def run(options: argparse.Namespace) -> int:
-    from fiqa_helpers.profiles import load_profile
-    from fiqa_helpers.runner import run_all, summary
-
-    load_profile(options.profile, options.overrides)  # a wrong one is refused before a kernel starts
-    done = run_all(options.profile, options.overrides, options.workdir, options.only, options.fresh)
-    print(summary(done, Workspace(options.workdir)))
-    return 0
 
 
 if __name__ == "__main__":

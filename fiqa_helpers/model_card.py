@@ -84,7 +84,7 @@ def _text(card: dict, evaluation: dict | None, name: str, merged: bool) -> str:
         "## Prompt\n\n" + _prompt(profile),
         "## Data and licence",
         f"Trained on {DATA} {_data_source(profile)}\n\n{sentence}",
-        "## Evaluation\n\n" + _evaluation(evaluation),
+        "## Evaluation\n\n" + evaluation_section(evaluation),
         "## Limits\n\n" + _limits(profile, card, evaluation),
     ]
     return "\n\n".join(parts) + "\n"
@@ -129,7 +129,8 @@ def _data_source(profile: Profile) -> str:
     return f"Source: {profile.data}."
 
 
-def _evaluation(evaluation: dict | None) -> str:
+def evaluation_section(evaluation: dict | None) -> str:
+    """Notebook 06's result (`read_evaluation`) as a Markdown table with floors and intervals."""
     if not evaluation:
         return "It has not been evaluated: nothing is known about how good its answers are."
     from fiqa_helpers.metrics import METRICS

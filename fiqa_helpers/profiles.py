@@ -135,6 +135,13 @@ def load_profile(profile: str = "auto", overrides: str = "") -> Profile:
     Raises:
         WorkshopError: unknown profile, unknown or impossible override, or a machine that cannot run it.
     """
+    chosen = planned_profile(profile, overrides)
+    _refuse_if_impossible(chosen)
+    return chosen
+
+
+def planned_profile(profile: str = "auto", overrides: str = "") -> Profile:
+    """`load_profile` for a run that will be elsewhere: whether this machine can make it is not asked."""
     if profile == "auto":
         profile, reason = choose_profile()
         print(f"Profile auto chose {profile}: {reason}.")
@@ -147,7 +154,6 @@ def load_profile(profile: str = "auto", overrides: str = "") -> Profile:
             f"tokens_per_batch is {chosen.tokens_per_batch}, less than one row of max_length "
             f"{chosen.max_length}: raise tokens_per_batch or lower max_length."
         )
-    _refuse_if_impossible(chosen)
     return chosen
 
 

@@ -29,11 +29,17 @@ class Done:
 
 
 def run_all(
-    profile: str = "auto", overrides: str = "", workdir: str = "", only: str = "", fresh: bool = False
+    profile: str = "auto",
+    overrides: str = "",
+    workdir: str = "",
+    only: str = "",
+    fresh: bool = False,
+    **own: object,
 ) -> list[Done]:
     """Execute `notebooks/NN_*.ipynb` in order, all with the same parameters; stops at the first failure.
 
-    `only` names notebooks ("01,02"), `fresh` tells those with a parameter `on_existing` to start over.
+    `only` names notebooks ("01,02"), `fresh` tells those with a parameter `on_existing` to start over. `own`
+    are parameters of single notebooks: each goes to those that have it.
 
     Raises:
         WorkshopError: the sentence of the cell that failed, and the path of the notebook executed so far.
@@ -42,9 +48,11 @@ def run_all(
     notebooks = choose(root / "notebooks", only)
     use_own_kernel()
     values = {"profile": profile, "overrides": overrides, "workdir": workdir and str(workspace.root)}
+    own |= {"on_existing": "fresh"} if fresh else {}
     done = []
     for position, notebook in enumerate(notebooks, start=1):
-        extra = {"on_existing": "fresh"} if fresh and "on_existing" in parameters_of(notebook) else {}
+        known = parameters_of(notebook) if own else {}
+        extra = {name: value for name, value in own.items() if name in known}
         label = f"[{position}/{len(notebooks)}] {notebook.stem}"
         done.append(execute(notebook, workspace, values | extra, root, label))
     return done
@@ -203,8 +211,8 @@ def register_engine() -> None:
 
 
 @contextlib.contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A line on stderr for one notebook: the cell, its heading, the time.
+def progress(label: str, unit: str = "cell") -> Iterator[Callable[[int, int, str], None]]:
+    """A line on stderr for one notebook: the cell, its heading, the time. (Or other `unit`s of other work.)
 
     Rewritten each second on a terminal; in a log, one line a minute.
     """
@@ -213,7 +221,7 @@ def progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
 
     def line() -> str:
         minutes, seconds = divmod(int(time.monotonic() - start), 60)
-        cell = f"cell {state['cell']} of {state['of']}"
+        cell = f"{unit} {state['cell']} of {state['of']}"
         return f"{label}  {cell}  {minutes}:{seconds:02d}  {state['heading']}"
 
     def show() -> None:
