@@ -15,13 +15,16 @@ export FIQA_OVERRIDES := $(value OVERRIDES)
 export FIQA_WORKDIR := $(value WORKDIR)
 export FIQA_ONLY := $(value ONLY)
 python = "$$FIQA_VENV/bin/python"
+# $(call extra,NAME,MODULES): packages that only one command needs come into the environment when it is first called
+extra = $(python) -c "import importlib.util, sys; sys.exit(None in map(importlib.util.find_spec, sys.argv[1:]))" $(2) \
+	|| $(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[$(1)]"
 # make hands variables of its command line to every program below it. A `make` that a test starts elsewhere
 # would take them for its own wishes, and build its environment over this one.
 unexport VENV PROFILE OVERRIDES WORKDIR ONLY FRESH ARGS
 MAKEOVERRIDES =
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lab env check lint format clean lock
+.PHONY: help run test test-slow lab book env check lint format clean lock
 
 help:  ## list these commands
 	@echo "make COMMAND [NAME=value ...]"
@@ -37,14 +40,24 @@ run: env  ## run the whole tutorial without a browser, with progress; ends with 
 test: env  ## lint, unit tests, and every notebook executed once
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
+	@$(call extra,book,myst_nb furo)
 	@$(python) -m pytest -m "not slow" $(ARGS)
 
 test-slow: env  ## the second tier of tests: longer runs, kills, resumes
 	@$(python) -m pytest -m slow $(ARGS)
 
+# Settings (scripts/lab/overrides.json) and layout (kept in outputs/) of the project: nothing of your own JupyterLab's
+# is changed, and what you have set for yourself there still counts.
 lab: env  ## open the workshop in JupyterLab
-	@$(python) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
+	@ls outputs/jupyterlab/workshop-* >/dev/null 2>&1 || $(python) -m jupyterlab workspaces import --LabWorkspaceImportApp.log_level=WARN \
+		--LabWorkspaceImportApp.workspaces_dir=outputs/jupyterlab scripts/lab/workspace.json
+	@$(python) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/workspaces/workshop \
+		--LabApp.app_settings_dir=scripts/lab --LabApp.workspaces_dir=outputs/jupyterlab \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
+
+book: env  ## render the executed notebooks and the docs as a static site in outputs/book
+	@$(call extra,book,myst_nb furo)
+	@$(python) scripts/make_book.py --workdir "$$FIQA_WORKDIR" $(ARGS)
 
 env:  ## make or update the environment only
 	@scripts/make_env.sh "$$FIQA_VENV"

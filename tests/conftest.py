@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,37 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def executed(tmp_path_factory) -> Path:
+    """Folder with every notebook executed and, beside them, what they wrote (it is their workdir).
+
+    The real model on real rows, once for all tests. papermill injects the parameters and nbmake executes:
+    both tools see each notebook, at the cost of one run.
+    """
+    folder = tmp_path_factory.mktemp("tutorial")
+    parameters = folder / "parameters.yaml"
+    parameters.write_text(json.dumps({"profile": "laptop", "workdir": str(folder)}))
+    notebooks = sorted((PROJECT / "notebooks").glob("0?_*.ipynb"))
+    for notebook in notebooks:
+        prepare = ["papermill", str(notebook), str(folder / notebook.name), "--prepare-only"]
+        subprocess.run(
+            [sys.executable, "-m", *prepare, "-f", str(parameters)],
+            cwd=PROJECT,
+            check=True,
+            capture_output=True,
+        )
+    nbmake = ["pytest", "--nbmake", "--overwrite", "--nbmake-timeout=1800", "-p", "no:cacheprovider", "-q"]
+    files = [path.name for path in notebooks]
+    run = subprocess.run(
+        [sys.executable, "-m", *nbmake, "--rootdir", str(folder), *files],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    (folder / "nbmake.log").write_text(run.stdout + run.stderr)
+    return folder
 
 
 @pytest.fixture(scope="session")

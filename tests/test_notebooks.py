@@ -19,32 +19,6 @@ NOTEBOOKS = sorted((PROJECT / "notebooks").glob("0?_*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory) -> Path:
-    """Folder with every executed notebook and, beside them, what they wrote (it is their workdir)."""
-    folder = tmp_path_factory.mktemp("tutorial")
-    parameters = folder / "parameters.yaml"
-    parameters.write_text(json.dumps({"profile": "laptop", "workdir": str(folder)}))
-    for notebook in NOTEBOOKS:
-        prepare = ["papermill", str(notebook), str(folder / notebook.name), "--prepare-only"]
-        subprocess.run(
-            [sys.executable, "-m", *prepare, "-f", str(parameters)],
-            cwd=PROJECT,
-            check=True,
-            capture_output=True,
-        )
-    nbmake = ["pytest", "--nbmake", "--overwrite", "--nbmake-timeout=1800", "-p", "no:cacheprovider", "-q"]
-    files = [path.name for path in NOTEBOOKS]
-    run = subprocess.run(
-        [sys.executable, "-m", *nbmake, "--rootdir", str(folder), *files],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    (folder / "nbmake.log").write_text(run.stdout + run.stderr)
-    return folder
-
-
 def read(executed: Path, name: str) -> nbformat.NotebookNode:
     return nbformat.read(executed / f"{name}.ipynb", as_version=4)
 

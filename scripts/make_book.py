@@ -1,0 +1,141 @@
+"""Render the executed notebooks and the pages of docs/ as a static site: `make book`.
+
+    python scripts/make_book.py --workdir FOLDER
+
+reads FOLDER/outputs/executed and writes FOLDER/outputs/book. Sphinx and myst-nb render; nothing is executed.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+
+from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.paths import Workspace, project_root
+
+CONTENTS = """
+```{{toctree}}
+:hidden:
+:caption: Notebooks
+{notebooks}
+```
+
+```{{toctree}}
+:hidden:
+:caption: More
+{pages}
+```
+"""
+NOT_EXECUTED = "> This notebook was not executed in the run that this book shows, so its results are missing."
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--workdir", default="", metavar="FOLDER", help="where the run left its outputs/")
+    workspace = Workspace(arguments.parse_args().workdir)
+    try:
+        print(f"Book    {make_book(workspace.outputs / 'executed', workspace.outputs / 'book')}")
+    except WorkshopError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def make_book(executed: Path, book: Path) -> Path:
+    """Render the notebooks in `executed` and the project's pages into `book`; returns its first page.
+
+    Raises:
+        WorkshopError: nothing was executed yet, or a notebook ended with an error.
+    """
+    if not list(executed.glob("[0-9][0-9]_*.ipynb")):
+        raise WorkshopError(f"There is no executed notebook in {executed}: run `make run` first.")
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch, "source")
+        stage(project_root(), executed, source)
+        build(project_root() / "docs", source, Path(scratch, "html"), Path(scratch, "doctrees"))
+        shutil.rmtree(book, ignore_errors=True)
+        shutil.copytree(Path(scratch, "html"), book)
+    return book / "index.html"
+
+
+def stage(project: Path, executed: Path, source: Path) -> None:
+    """Lay out the book's pages in `source` as the project does, so that their links go on working."""
+    shutil.copytree(project / "docs", source / "docs", ignore=shutil.ignore_patterns("conf.py", "_static"))
+    for page in [*project.glob("*.md"), *project.glob("LICENSE"), *project.glob("CITATION.cff")]:
+        shutil.copy(page, source)
+    notebooks = sorted((project / "notebooks").rglob("[0-9][0-9]_*.ipynb"))
+    notebooks = [path for path in notebooks if ".ipynb_checkpoints" not in path.parts]
+    for path in notebooks:
+        target = source / path.relative_to(project)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(prepared(path, executed / path.name), target)
+    for folder in ("fiqa_helpers", "scripts", "tests"):  # what pages link to; only that gets into the book
+        shutil.copytree(project / folder, source / folder, ignore=shutil.ignore_patterns("*.md", "*.ipynb"))
+    (source / "README.md").rename(source / "index.md")
+    for page in (*source.rglob("*.md"), *source.rglob("*.ipynb")):
+        text = page.read_text(encoding="utf-8")
+        page.write_text(text.replace("README.md)", "index.md)"), encoding="utf-8")
+    numbered = [path.relative_to(project).with_suffix("").as_posix() for path in notebooks]
+    pages = sorted(path.relative_to(source).with_suffix("").as_posix() for path in source.rglob("*.md"))
+    pages = [page for page in pages if page != "index"]
+    with (source / "index.md").open("a", encoding="utf-8") as file:
+        file.write(CONTENTS.format(notebooks="\n".join(numbered), pages="\n".join(pages)))
+
+
+def prepared(path: Path, executed: Path) -> nbformat.NotebookNode:
+    """The executed notebook, its pictures' alternative texts where myst-nb reads them.
+
+    One that was not executed, such as a solution, comes as it is, and says so.
+
+    Raises:
+        WorkshopError: it ended with an error, or before its last cell.
+    """
+    if path.parent.name != "notebooks" or not executed.is_file():
+        notebook = nbformat.read(path, as_version=4)
+        if path.parent.name == "notebooks":
+            print(f"{path.stem} was not executed: it comes without results.", file=sys.stderr)
+            notebook.cells.insert(1, nbformat.v4.new_markdown_cell(NOT_EXECUTED))
+        return notebook
+    notebook = nbformat.read(executed, as_version=4)
+    heading = path.stem
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and cell.source.startswith("#"):
+            heading = cell.source.splitlines()[0].lstrip("# ")
+        if cell.cell_type != "code" or not cell.source.strip():
+            continue
+        if cell.execution_count is None or any(out.output_type == "error" for out in cell.outputs):
+            raise WorkshopError(
+                f"{executed} did not run to its end ({heading}): run `make run ONLY={path.name[:2]}` first."
+            )
+        texts = [alternative_text(output, heading) for output in cell.outputs if picture(output)]
+        if texts:
+            cell.metadata["mystnb"] = {"image": {"alt": " ".join(texts)}}
+    return notebook
+
+
+def picture(output: nbformat.NotebookNode) -> str | None:
+    """The kind of the picture that this output shows, if it shows one."""
+    data = output.get("data", {})
+    return None if "text/html" in data else next((kind for kind in data if kind.startswith("image/")), None)
+
+
+def alternative_text(output: nbformat.NotebookNode, heading: str) -> str:
+    """What the notebook says of the picture (`save_plot`, the live panel), or where it stands."""
+    said = output.metadata.get(picture(output), {}).get("alt", "")
+    return said or f"Picture in the section {heading}"
+
+
+def build(settings: Path, source: Path, html: Path, doctrees: Path) -> None:
+    """Run Sphinx, with its progress on stdout and its warnings on stderr."""
+    from sphinx.cmd.build import build_main
+
+    status = build_main(["-b", "html", "-c", str(settings), "-d", str(doctrees), str(source), str(html)])
+    if status:
+        raise WorkshopError(f"Sphinx ended with status {status}: its messages stand above.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
