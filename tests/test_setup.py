@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checkout import HANDED_DOWN
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -155,10 +156,6 @@ def test_module_imports_nothing_heavy(module):
     assert found == []
 
 
-# What `make test VENV=...` and its caller hand down: without them a `make` started here is as in a new shell.
-HANDED_DOWN = {"VENV", "PROFILE", "OVERRIDES", "WORKDIR", "ONLY", "FRESH", "ARGS", "PYTHON", "EXTRAS"}
-
-
 def make(*arguments: str, cwd: Path = PROJECT, **environment: str) -> subprocess.CompletedProcess:
     keep = {
         key: value
@@ -247,7 +244,7 @@ def test_make_passes_values_on_untouched(clone, name, value, option):
 
 
 def test_make_keeps_its_variables_to_itself(clone):
-    """`make test VENV=/kept` once handed VENV to the tests, one of which built an environment over it."""
+    """`make test VENV=/kept` once handed VENV to the tests, and one built its own environment over it."""
     (finished_environment(clone) / "bin" / "python").write_text(
         '#!/bin/sh\n[ "$1" = -c ] && echo 3.12 && exit 0\nenv >>environment\n'
     )
