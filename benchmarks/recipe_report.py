@@ -15,9 +15,9 @@ from recipe_search import DECODINGS, FOLDS, SETTINGS, Setting, inner_results, lo
 from fiqa_helpers import metrics, notebook
 from fiqa_helpers.evaluation import Evaluated
 from fiqa_helpers.evaluation_report import compare_all, floor_means, score_floors
-from fiqa_helpers.intervals import compare
+from fiqa_helpers.intervals import Comparison, compare
 from fiqa_helpers.metrics import METRICS
-from fiqa_helpers.runcard import read_card
+from fiqa_helpers.runcard import read_card, write_json
 from fiqa_helpers.similarity import Similarity
 
 
@@ -66,35 +66,54 @@ def settings() -> list[str]:
     return lines
 
 
-def out_of_fold(out: Path, which: str, decoding: str | None, similarity: Similarity) -> list[str]:
+def out_of_fold(out: Path, which: str, decoding: str | None, similarity: Similarity) -> dict:
     """Base against tuned on all rows: what each fold has `chosen`, or a fixed setting and decoding."""
-    rows, sides, chosen = [], {"base": [], "tuned": []}, Counter()
+    rows, sides, used = [], {"base": [], "tuned": []}, Counter()
     for fold, held_out in enumerate(load_folds()):
         trials = read_card(out / "outer" / f"{fold}.json")
         name = trials["chosen"]["setting"] if which == "chosen" else which
         how = decoding or trials["chosen"]["decoding"]
-        chosen[f"{name} / {how}"] += 1
+        used[f"{name}; {how}"] += 1
         rows += held_out
         base = read_card(out / "base" / f"{fold}.json")[SETTINGS[name].prompt][how]
         for side, columns in (("base", base), ("tuned", trials[name]["found"][how])):
             sides[side] += samples(columns, held_out, similarity)
     base, tuned = (Evaluated(side, Path(), found, 0, {}, {}) for side, found in sides.items())
     comparisons, floors = compare_all(base, tuned), score_floors(rows, similarity)
-    lines = [f"Folds: {dict(chosen)}; {len(rows)} rows.", ""]
-    lines += [
-        "| metric | base | tuned | difference, 95 % interval | rows won | verdict | "
-        + " | ".join(floors)
-        + " |"
-    ]
-    lines += ["|" + "---|" * (6 + len(floors))]
-    for name, found in comparisons.items():
-        means = floor_means(floors, name)
-        lines.append(
-            f"| {METRICS[name].title} | {found.base:.4f} | {found.tuned:.4f} | {found.difference:+.4f}, "
-            f"{found.low:+.4f} to {found.high:+.4f} | {found.win_rate:.0%} | {found.verdict} | "
-            + " | ".join(f"{means[floor]:.3f}" if means else "" for floor in floors)
-            + " |"
-        )
+    return {
+        "folds": dict(used),
+        "rows": len(rows),
+        "criteria": criteria(comparisons),
+        "comparisons": {name: found.as_row() for name, found in comparisons.items()},
+        "floors": {name: floor_means(floors, name) for name in comparisons},
+    }
+
+
+def criteria(found: dict[str, Comparison]) -> dict[str, bool]:
+    """What "it helps" was to mean, written down before the search, each with whether it came true."""
+    return {
+        "reference NLL lower": found["nll"].high < 0,
+        "similarity higher, interval above zero": found["similarity"].low > 0,
+        "token F1 higher, interval above zero": found["token_f1"].low > 0,
+        "at least 95 % stopped by themselves": found["stopped"].tuned >= 0.95,
+        "repetition not shown to be worse": found["repeated"].verdict != "worse",
+    }
+
+
+def as_table(result: dict) -> list[str]:
+    """A result of `out_of_fold` as Markdown."""
+    lines = [f"{result['rows']} rows; folds: {result['folds']}", ""]
+    lines += [f"- {name}: {'yes' if met else '**no**'}" for name, met in result["criteria"].items()]
+    names = list(result["floors"]["similarity"])
+    head = ["metric", "base", "tuned", "difference, 95 % interval", "rows won", "verdict", *names]
+    lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, found in result["comparisons"].items():
+        difference = f"{found['difference']:+.4f}, {found['low']:+.4f} to {found['high']:+.4f}"
+        cells = [METRICS[name].title, f"{found['base']:.4f}", f"{found['tuned']:.4f}", difference]
+        cells += [f"{found['win_rate']:.0%}" if METRICS[name].better else "", found["verdict"]]
+        means = result["floors"][name]
+        cells += [f"{means[floor]:.3f}" if floor in means else "" for floor in names]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -110,22 +129,21 @@ def samples(columns: dict, rows: list[dict], similarity: Similarity) -> list[dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
-    args = parser.parse_args()
+    out = parser.parse_args().results
     notebook.quiet()
     similarity = Similarity()
-    for fold in range(FOLDS):
-        print(f"Fold {fold}: {read_card(args.results / 'outer' / f'{fold}.json')['chosen']}")
-    print("\n## Out of fold: what each fold chose\n")
-    print("\n".join(out_of_fold(args.results, "chosen", None, similarity)))
+    results = {"chosen": out_of_fold(out, "chosen", None, similarity)}
     for decoding in DECODINGS:
-        print(f"\n## Out of fold: the reference hyper-parameters, {decoding}\n")
-        print("\n".join(out_of_fold(args.results, "reference", decoding, similarity)))
-    print("\n## Every setting, inner trials\n")
-    print("\n".join([*tried(args.results), "", *settings(), "", *incomplete(args.results)]))
+        results[f"reference; {decoding}"] = out_of_fold(out, "reference", decoding, similarity)
+    chosen = [read_card(out / "outer" / f"{fold}.json")["chosen"] for fold in range(FOLDS)]
+    write_json(out / "summary.json", {"chosen": chosen, "results": results})
+    for name, result in results.items():
+        print(f"\n## Out of fold: {name}\n")
+        print("\n".join(as_table(result)))
+    print("\n## Every setting, on rows outside its training and outside the fold that it is chosen for\n")
+    print("\n".join([*tried(out), "", *settings(), "", *incomplete(out)]))
 
 
 if __name__ == "__main__":
