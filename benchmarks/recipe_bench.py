@@ -8,7 +8,8 @@
 Each call trains `--steps` optimizer steps and writes FOLDER/recipe_Ngpu.json: real (not padded) tokens a
 second, seconds of each step, memory, losses, the adapter's keys, what PEFT makes of the adapter, machine and
 versions. `--kill` also ends a second run with SIGKILL after its first checkpoint and resumes it; `--against`
-compares with an earlier file. `--profile tiny` (without --model) tries the script on any CPU.
+compares with an earlier file; `--notebook` takes the same steps as notebook 04 does, for comparison.
+`--profile tiny` (without --model) tries the script on any CPU.
 """
 
 import argparse
@@ -110,6 +111,76 @@ def through_peft(run: notebook.Run, path: Path, adapter: Path) -> dict:
     return {"keys_equal": mine == keys_of(adapter), "validation_loss": total / tokens}
 
 
+def notebook_path(run: notebook.Run, folder: Path) -> dict:
+    """The same steps as notebook 04 takes them: PEFT, AnswerTrainer, the profile's own layout; one GPU."""
+    import torch
+    from peft import get_peft_model
+    from transformers import TrainerCallback, TrainingArguments, set_seed
+
+    from fiqa_helpers.attention import attention_implementation
+    from fiqa_helpers.training import AnswerTrainer
+
+    profile, splits = run.profile, data.read_processed(run.workspace.data)
+    tokenizer = model.load_tokenizer(profile)
+    rows = {
+        split: prompts.encode_rows(
+            splits[split].take(min(n, len(splits[split]))) if n >= 0 else splits[split], tokenizer, profile
+        )
+        for split, n in (("train", profile.train_rows), ("validation", profile.eval_rows))
+    }
+    collator = batching.StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout)
+    tokens, ends = [], []
+
+    def counted(chosen: list[dict]) -> dict:
+        tokens.append(sum(len(row["input_ids"]) for row in chosen))
+        return collator(chosen)
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            ends.append(time.perf_counter())  # the step's loss has been read: the device is done
+
+    set_seed(profile.seed)
+    base = model.load_base(profile, attention_implementation(profile.layout, profile.device))
+    arguments = TrainingArguments(
+        output_dir=str(folder / "notebook"),
+        per_device_train_batch_size=profile.batch_size,
+        max_steps=profile.max_steps,
+        learning_rate=profile.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=profile.warmup_ratio,
+        bf16=profile.dtype == "bfloat16",
+        gradient_checkpointing=profile.gradient_checkpointing,
+        save_strategy="no",
+        logging_steps=1,
+        remove_unused_columns=False,
+        use_cpu=profile.device == "cpu",
+        seed=profile.seed,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    trainer = AnswerTrainer(
+        model=get_peft_model(base, model.lora_config(profile)),
+        args=arguments,
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        data_collator=counted,
+        callbacks=[Clock()],
+    )
+    before = trainer.evaluate()["eval_loss"]
+    tokens.clear()
+    torch.cuda.empty_cache()
+    trainer.train()
+    timed = sum(tokens[WARM : len(ends)])
+    peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
+    return {
+        "layout": profile.layout,
+        "tokens_per_second": round(timed / (ends[-1] - ends[WARM - 1]), 1),
+        "peak_reserved_gib": peak and round(peak, 2),
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "validation_loss": {"before": before, "after": trainer.evaluate()["eval_loss"]},
+    }
+
+
 def kill_and_resume(run: notebook.Run, args: argparse.Namespace, cpu: bool) -> dict:
     """Start the run again in a folder of its own, SIGKILL all of it after a checkpoint, and resume it."""
     folder = launch.fresh_folder(run.workspace)
@@ -172,6 +243,7 @@ def main() -> None:
     parser.add_argument("--eval-rows", type=int, default=16)
     parser.add_argument("--group-by-length", action="store_true", help="rows of like length share a batch")
     parser.add_argument("--no-peft", action="store_true", help="don't load the adapter with PEFT")
+    parser.add_argument("--notebook", action="store_true", help="also train as notebook 04 does, on one GPU")
     parser.add_argument("--kill", action="store_true", help="also kill a run and resume it")
     parser.add_argument("--against", type=Path, help="an earlier result to compare with")
     parser.add_argument("--label", default="", help="added to the name of the result")
@@ -233,6 +305,9 @@ def main() -> None:
         card["against"] = compare(card, json.loads(args.against.read_text()))
     target = args.out / f"recipe_{args.gpus}gpu{args.label}.json"
     write_card(target, **card)  # before the kill, which could go wrong
+    if args.notebook:
+        card["notebook_path"] = notebook_path(run, folder)
+        write_card(target, **card)
     if args.kill:
         card["kill_and_resume"] = kill_and_resume(run, args, cpu)
         write_card(target, **card)

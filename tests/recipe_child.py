@@ -6,21 +6,25 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fiqa_helpers.recipe_run import FiqaRecipe
 
 
+def same_start(model: torch.nn.Module) -> None:
+    """Give every matrix A of a LoRA model the numbers that its name has in any other such model."""
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_A" not in name:
+            continue
+        whole = (torch.rand(parameter.shape, generator=random) - 0.5) / 4
+        with torch.no_grad():
+            if isinstance(parameter.data, DTensor):
+                mine = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+                parameter.data.to_local().copy_(mine.to_local())
+            else:
+                parameter.data.copy_(whole)
+
+
 class SameStart(FiqaRecipe):
     """`FiqaRecipe` whose adapters begin with the same numbers, however many processes share them."""
 
     def setup(self) -> None:
         super().setup()
-        if self.step_scheduler.step > 0:  # resumed
-            return
-        random = torch.Generator().manual_seed(0)
-        for name, parameter in sorted(self.model_parts[0].named_parameters()):
-            if "lora_A" not in name:
-                continue
-            whole = (torch.rand(parameter.shape, generator=random) - 0.5) / 4
-            with torch.no_grad():
-                if isinstance(parameter.data, DTensor):
-                    mine = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-                    parameter.data.to_local().copy_(mine.to_local())
-                else:
-                    parameter.data.copy_(whole)
+        if self.step_scheduler.step == 0:  # not resumed
+            same_start(self.model_parts[0])

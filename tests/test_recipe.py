@@ -76,6 +76,57 @@ def test_unshifted_rows_are_the_notebooks(notebook_rows):
     assert (plain["input_ids"], plain["labels"]) == (row["input_ids"], row["labels"])
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_each_step_has_the_trainers_rows(gpus, run, tiny_tokenizer, tiny_model, tmp_path):
+    """In every epoch, for any seed, on any number of GPUs: another shuffle would be another curve."""
+    from nemo_automodel.components.config.loader import load_yaml_config
+    from nemo_automodel.recipes._typed_config import RecipeConfig
+    from transformers import TrainingArguments
+
+    from fiqa_helpers.batching import StepCollator
+    from fiqa_helpers.training import AnswerTrainer
+
+    profile = replace(run.profile, seed=7, epochs=3, max_steps=-1, train_rows=22)
+    rows = prompts.encode_rows(
+        data.read_processed(run.workspace.data)["train"].take(22), tiny_tokenizer, profile
+    )
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=profile.batch_size,
+        seed=7,
+        use_cpu=True,
+        report_to="none",
+        remove_unused_columns=False,
+    )
+    collator, steps = StepCollator(tiny_tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout), []
+
+    def taken(chosen: list[dict]) -> dict:
+        steps.append(sorted(tuple(row["input_ids"][:-1]) for row in chosen))
+        return collator(chosen)
+
+    trainer = AnswerTrainer(model=tiny_model, args=arguments, train_dataset=rows, data_collator=taken)
+    trainers = trainer.get_train_dataloader()
+    path = recipe.write_recipe(replace(run, profile=profile), tmp_path / "r.yaml", tmp_path / "o", gpus)
+    config = RecipeConfig(load_yaml_config(str(path)))
+    recipes = [
+        config.dataloader.build(tokenizer=tiny_tokenizer, dp_rank=rank, dp_world_size=gpus)
+        for rank in range(gpus)
+    ]
+    for epoch in range(profile.epochs):
+        steps.clear()
+        trainers.set_epoch(epoch)
+        assert len(list(trainers)) == 6
+        for loader in recipes:
+            loader.sampler.set_epoch(epoch)
+        for wanted, batches in zip(steps, zip(*recipes, strict=True), strict=True):
+            found = [
+                tuple(ids[mask == 1].tolist())
+                for batch in batches
+                for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+            ]
+            assert sorted(found) == wanted
+
+
 def test_items_can_be_taken_twice(run, tiny_tokenizer):
     """NeMo's collater takes the fillers out of an item: in a second epoch they would be missing."""
     from nemo_automodel.components.datasets.utils import default_collater

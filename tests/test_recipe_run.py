@@ -147,6 +147,50 @@ def test_peft_has_the_recipes_validation_loss(run, one):
     assert abs(untuned - found) > 1e-3
 
 
+def test_losses_and_adapter_are_the_trainers(run, one, tmp_path):
+    """The whole of it: notebook 04's Trainer from the same start, step by step, to the same adapter."""
+    import torch
+    from peft import get_peft_model
+    from recipe_child import same_start
+    from transformers import TrainingArguments
+
+    from fiqa_helpers.training import AnswerTrainer
+
+    profile, tokenizer = run.profile, model.load_tokenizer(run.profile)
+    rows = data.read_processed(run.workspace.data)["train"].take(profile.train_rows)
+    tuned = get_peft_model(model.tiny_model(tokenizer), model.lora_config(profile))
+    same_start(tuned)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=profile.batch_size,
+        max_steps=STEPS,
+        learning_rate=profile.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=profile.warmup_ratio,
+        adam_epsilon=1e-2,  # as in `make`
+        seed=profile.seed,
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+    )
+    trainer = AnswerTrainer(
+        model=tuned,
+        args=arguments,
+        train_dataset=prompts.encode_rows(rows, tokenizer, profile),
+        data_collator=batching.StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, "padded"),
+    )
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses == pytest.approx([row["loss"] for row in one[1].history], rel=1e-5)
+    trained, saved = dict(tuned.named_parameters()), tensors(one[2])
+    for name, matrix in saved.items():
+        mine = trained[name.replace(".weight", ".default.weight")].detach()
+        assert torch.allclose(mine, matrix, atol=1e-5), name
+    assert max(matrix.abs().max() for name, matrix in saved.items() if "lora_B" in name) > 1e-3
+
+
 @pytest.mark.slow
 def test_the_log_says_why(run, tmp_path):
     """A run that fails in its processes ends in one sentence with the cause, not with torchrun's summary."""
