@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fiqa_helpers.checkpoints import MANIFEST, fault
 from fiqa_helpers.errors import WorkshopError
 from fiqa_helpers.runcard import read_card
 
@@ -40,7 +41,7 @@ def check_adapter(folder: Path, profile: "Profile") -> dict:
             )
         raise WorkshopError(f"{folder} holds no {WEIGHTS}: {REMEDY}.")
     _check_config(folder)
-    _check_weights(folder)
+    shapes = _check_weights(folder)
     card = read_card(folder / CARD)
     if card is None or not isinstance(card.get("profile"), dict):
         raise WorkshopError(f"{folder / CARD} is missing or damaged, so the base model is unknown: {REMEDY}.")
@@ -51,6 +52,10 @@ def check_adapter(folder: Path, profile: "Profile") -> dict:
                 f"The adapter in {folder} was trained with {key} = {trained!r} and this run has {here!r}: "
                 "give this notebook the profile and overrides of notebook 04, or train again."
             )
+    damage = fault(folder) if (folder / MANIFEST).is_file() else None
+    if damage:
+        raise WorkshopError(f"The adapter in {folder} is damaged ({damage}): {REMEDY}.")
+    _check_shapes(folder, profile, shapes)
     return card
 
 
@@ -71,17 +76,46 @@ def _check_config(folder: Path) -> None:
         raise WorkshopError(f"{folder / CONFIG} describes a {kind} adapter and LORA is needed: {REMEDY}.")
 
 
-def _check_weights(folder: Path) -> None:
-    """The header of a safetensors file says how long it must be: a cut or foreign file fails here."""
+def _check_weights(folder: Path) -> dict[str, list[int]]:
+    """Name and shape of each tensor. The file's header says how long it must be: a cut file fails here."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            found = [name for name in file.keys() if "lora_" in name]  # noqa: SIM118 (not a dict)
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0][:100]
         raise WorkshopError(
             f"{folder / WEIGHTS} is not a whole safetensors file ({reason}): {REMEDY}."
         ) from None
-    if not found:
+    if not any("lora_" in name for name in shapes):
         raise WorkshopError(f"{folder / WEIGHTS} holds no LoRA weights: {REMEDY}.")
+    return shapes
+
+
+def _check_shapes(folder: Path, profile: "Profile", shapes: dict[str, list[int]]) -> None:
+    """Weights of another architecture load with a warning, or end in a traceback: hold them against those
+    that PEFT makes for this base model, on the meta device, where neither needs memory."""
+    import torch
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    from fiqa_helpers.model import base_config
+
+    config = base_config(profile)
+    try:
+        with torch.device("meta"):
+            tuned = get_peft_model(
+                AutoModelForCausalLM.from_config(config), PeftConfig.from_pretrained(folder)
+            )
+        needed = {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(tuned).items()}
+    except (ValueError, TypeError, RuntimeError) as error:  # such as: no layer of that name
+        raise WorkshopError(
+            f"{folder / CONFIG} does not fit {profile.model} ({str(error).splitlines()[0][:100]}): {REMEDY}."
+        ) from None
+    other = sorted(name for name in {**needed, **shapes} if needed.get(name) != shapes.get(name))
+    if other:
+        raise WorkshopError(
+            f"The adapter in {folder} was made for another model than {profile.model} ({other[0]} is "
+            f"{shapes.get(other[0], 'missing')} and must be {needed.get(other[0], 'absent')}): {REMEDY}."
+        )

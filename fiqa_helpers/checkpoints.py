@@ -1,6 +1,5 @@
 """Which checkpoint may be resumed from; beginning, resuming and finishing a run."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 from fiqa_helpers.errors import WorkshopError
 from fiqa_helpers.run_identity import define, lock, refuse_other
 from fiqa_helpers.runcard import read_card, versions, write_card, write_json
-from fiqa_helpers.storage import disk_errors
+from fiqa_helpers.storage import digest, disk_errors, to_disk
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,15 +30,19 @@ def checkpoint_folder(run: Path | str, step: int) -> Path:
 
 
 def write_manifest(folder: Path) -> None:
-    """Vouch for a finished checkpoint: size and sha256 of every file, written last and atomically."""
+    """Vouch for a finished checkpoint: size and sha256 of every file, written last and atomically.
+
+    When it returns, all of it is on the disk, so that an older checkpoint may go.
+    """
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest}
+            to_disk(path)
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest(path)}
+        elif path.is_dir():
+            to_disk(path)
     write_json(folder / MANIFEST, {"files": files})
+    to_disk(folder.parent)
 
 
 def fault(folder: Path) -> str | None:
@@ -53,15 +56,16 @@ def fault(folder: Path) -> str | None:
         return "it has no manifest, so writing it was interrupted"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "its manifest is damaged"
-    for name, size, digest in files:
+    if not files:
+        return "its manifest names no file"
+    for name, size, sha256 in files:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                return f"{name} was changed after it was written"
+        if digest(path) != sha256:
+            return f"{name} was changed after it was written"
     return None
 
 
@@ -80,6 +84,22 @@ def newest_complete(run: Path) -> Path | None:
             return folder
         report_and_set_aside(folder, problem)
     return None
+
+
+def refuse_other_start(run: Path, resume_from: Path | str | None) -> None:
+    """Training begins at the newest whole checkpoint, or where there is none. A cell that is run again alone
+    would begin at an older one, or at step 0 with weights that are trained already.
+
+    Raises:
+        WorkshopError: names both.
+    """
+    newest = newest_complete(run)
+    there, wanted = newest.name if newest else None, Path(resume_from).name if resume_from else None
+    if there != wanted:
+        raise WorkshopError(
+            f"{run.name} holds {there or 'no whole checkpoint'} and this would begin at "
+            f"{wanted or 'step 0'}: restart the kernel and run all cells."
+        )
 
 
 def best_complete(run: Path, log_history: list[dict]) -> tuple[int, float] | None:
@@ -123,7 +143,7 @@ def open_run(
 ) -> TrainingRun:
     """Begin, resume or recognise as finished the training run in `checkpoints/run`; says which.
 
-    `rows` are fingerprints of the encoded splits. With `on_existing="fresh"` an earlier run and its adapter
+    `rows` are fingerprints of the splits. With `on_existing="fresh"` an earlier run and its adapter
     are moved to `checkpoints/earlier`, never deleted. The folder is this process's until the process ends.
 
     Raises:
@@ -176,6 +196,7 @@ def save_final(
                 kept = set_aside(folder, folder.parent / "earlier")
                 print(f"The earlier {folder.name} is kept as {kept.relative_to(folder.parent)}.")
             os.replace(partial, folder)
+            to_disk(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return written

@@ -13,6 +13,7 @@ from fiqa_helpers.panel_guard import (
     as_sample,
     memory_gib,
     remove_progress_callbacks,
+    save_picture,
     undisturbed,
     uninterrupted,
 )
@@ -100,10 +101,9 @@ class LivePanel(TrainerCallback, PanelRecord):
         self.closed = time.perf_counter()
         png = draw_png(self.view(), f"{self.title}: {self.outcome}")
         self.picture_seconds = time.perf_counter() - self.closed
-        if self.png is not None:
-            Path(self.png).parent.mkdir(parents=True, exist_ok=True)
-            Path(self.png).write_bytes(png)
         self._output.close(png, self.summary)
+        if self.png is not None:
+            save_picture(Path(self.png), png)
 
     @property
     def outcome(self) -> str:

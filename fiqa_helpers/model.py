@@ -57,6 +57,18 @@ def load_tokenizer(profile: "Profile") -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def base_config(profile: "Profile") -> "PretrainedConfig":
+    """The base model's architecture, without its weights."""
+    from transformers import AutoConfig
+
+    if profile.model == "random":
+        return tiny_model(load_tokenizer(profile)).config
+    with _load_errors(profile):
+        return AutoConfig.from_pretrained(
+            model_path(profile), revision=profile.model_revision, trust_remote_code=False
+        )
+
+
 def load_base(profile: "Profile", attn_implementation: str = "sdpa") -> "PreTrainedModel":
     """The untuned model in `profile.dtype` on `profile.device`, in eval mode, through NeMo AutoModel.
 

@@ -35,7 +35,10 @@ RANGES = {  # of the notebooks' own parameters; those of a profile are in overri
     "sampling_seed": (0, 2**32 - 1),
     "rows": (0, 100_000_000),
     "no_repeat_ngram_size": (0, 1000),
+    "recipe_steps": (-1, 1_000_000),
+    "processes": (1, 4096),
 }
+CHOICES = {"on_existing": ("resume", "fresh"), "tracker": ("tensorboard", "wandb", "mlflow")}
 
 
 def start(namespace: dict, number: str) -> "Run":
@@ -157,8 +160,10 @@ def check_parameters(namespace: dict) -> dict:
         low, high = RANGES.get(name, (None, None))
         if low is not None and not low <= value <= high:  # also refuses nan
             raise WorkshopError(f"Parameter {name} is {value}: it must lie between {low} and {high}.")
-        if name == "on_existing" and value not in ("resume", "fresh"):
-            raise WorkshopError(f"Parameter on_existing is {value!r}: choose resume or fresh.")
+        if name == "recipe_steps" and value == 0:
+            raise WorkshopError("Parameter recipe_steps is 0: set how many, or -1 for all of the profile's.")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise WorkshopError(f"Parameter {name} is {value!r}: choose one of {', '.join(CHOICES[name])}.")
     return {name: namespace[name] for name in kinds}
 
 

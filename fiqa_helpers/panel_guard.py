@@ -4,6 +4,9 @@ import random
 import signal
 import threading
 from contextlib import contextmanager
+from pathlib import Path
+
+from fiqa_helpers.storage import say
 
 
 def remove_progress_callbacks(trainer) -> None:
@@ -45,6 +48,16 @@ def uninterrupted():
         yield
     finally:
         signal.signal(signal.SIGINT, handler or signal.default_int_handler)
+
+
+def save_picture(path: Path, png: bytes) -> None:
+    """Write the picture. A disk that is full is only noted: the error that ended the training says more."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        say(f"The picture {path.name} could not be saved: {error.strerror}.")
 
 
 def as_sample(step: int, answers: list) -> dict:

@@ -12,7 +12,9 @@ from fiqa_helpers.prompts import SYSTEM_TEXT
 from fiqa_helpers.runcard import versions
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from filelock import BaseFileLock
+    from peft import LoraConfig
     from transformers import TrainingArguments
 
     from fiqa_helpers.paths import Workspace
@@ -100,10 +102,27 @@ def refuse_other(place: str, recorded: dict | None, definition: dict, begun: boo
         print(f"The run goes on with a difference ({said}): results may differ in the last digits.")
 
 
-def decisive_arguments(arguments: "TrainingArguments") -> dict[str, object]:
-    """The training arguments that a run depends on, as JSON gives them back."""
+def decisive_arguments(
+    arguments: "TrainingArguments", adapters: "dict[str, LoraConfig]", **rows: "Dataset"
+) -> dict[str, object]:
+    """What a Trainer was given that its run depends on, as JSON gives it back: also what a cell changed."""
     values = {name: getattr(arguments, name) for name in DECISIVE}
+    for config in adapters.values():
+        values |= {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+        values["lora_targets"] = sorted(config.target_modules)
+    values |= {f"{split}_sha256": _encoded(encoded) for split, encoded in rows.items()}
     return {n: v if isinstance(v, bool | int | float | str | None) else str(v) for n, v in values.items()}
+
+
+def _encoded(rows: "Dataset") -> str:
+    """SHA-256 over token ids and labels: rows, tokenizer, template and mask are all in it."""
+    total = hashlib.sha256()
+    for batch in rows.with_format("arrow").iter(1000):
+        for column in (batch["input_ids"], batch["labels"]):
+            lists = column.combine_chunks()
+            for numbers in (lists.value_lengths(), lists.flatten()):
+                total.update(numbers.to_numpy().astype("int64").tobytes())
+    return total.hexdigest()
 
 
 def refuse_other_arguments(checkpoint: str, before: dict[str, object], now: dict[str, object]) -> None:

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from fiqa_helpers.storage import to_disk
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -72,6 +74,7 @@ def write_json(path: Path, content: object) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,10 +65,11 @@ class Terminator(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if self.told and state.global_step < state.max_steps:
-            folder = checkpoints.checkpoint_folder(args.output_dir, state.global_step)
+            last = checkpoints.newest_complete(Path(args.output_dir))  # none while the loss is exploding
             raise WorkshopError(
                 f"Training was told to stop (SIGTERM) after step {state.global_step} of {state.max_steps}: "
-                f"run this again with the same parameters and it goes on from {folder.name}."
+                "run this again with the same parameters and it "
+                f"{f'goes on from {last.name}' if last else 'begins anew'}."
             )
 
 
@@ -94,7 +95,7 @@ def way_on(run: Path | str) -> str:
 
 
 @contextlib.contextmanager
-def memory_errors(run: Path | str, step: int, tokens_per_batch: int | None) -> Iterator[None]:
+def memory_errors(run: Path | str, step: Callable[[], int], tokens_per_batch: int | None) -> Iterator[None]:
     """Turn an exhausted memory, of the GPU or the machine, into advice.
 
     The advice is raised outside of the `except` block: an error that holds the old one keeps its frames, and
@@ -112,14 +113,14 @@ def memory_errors(run: Path | str, step: int, tokens_per_batch: int | None) -> I
         torch.cuda.empty_cache()
     smaller = f" (for example {tokens_per_batch // 2})" if tokens_per_batch else ""
     raise WorkshopError(
-        f"Memory ran out at step {step}: lower tokens_per_batch{smaller} or set gradient_checkpointing: true "
-        f"in overrides, or end what else uses the memory; {way_on(run)}."
+        f"Memory ran out at step {step()}: lower tokens_per_batch{smaller} or set gradient_checkpointing: "
+        f"true in overrides, or end what else uses the memory; {way_on(run)}."
     )
 
 
 @contextlib.contextmanager
-def saving(folder: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one sentence; the unfinished checkpoint gives its space back.
+def disk_errors(run: Path, unfinished: Path | None = None) -> Iterator[None]:
+    """Turn a full or read-only disk into one sentence; the `unfinished` folder gives its space back.
 
     torch reports a full disk as a RuntimeError of its archive writer (inline_container.cc, "unexpected
     pos"), safetensors as an error of its own.
@@ -127,18 +128,20 @@ def saving(folder: Path) -> Iterator[None]:
     try:
         yield
         return
+    except WorkshopError:
+        raise
     except Exception as error:
         number = getattr(error, "errno", None)
         full = number in (errno.ENOSPC, errno.EDQUOT) or any(sign in str(error) for sign in NO_SPACE)
         read_only = number in (errno.EROFS, errno.EACCES) or "os error 30" in str(error)
         if not full and not read_only:
             raise
-    shutil.rmtree(folder, ignore_errors=True)
+    lost = ""
+    if unfinished:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        lost = f", so {unfinished.name} could not be saved"
     problem, remedy = ("is full", "free some space") if full else ("cannot be written", "make it writable")
-    raise WorkshopError(
-        f"The disk of {folder.parent} {problem}, so {folder.name} could not be saved: {remedy} and run this "
-        f"again; {way_on(folder.parent)}."
-    )
+    raise WorkshopError(f"The disk of {run} {problem}{lost}: {remedy} and run this again; {way_on(run)}.")
 
 
 def rows_of(micro_batches: Sequence[Mapping], dataset: "Dataset") -> list[int]:

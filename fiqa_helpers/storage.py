@@ -89,7 +89,8 @@ def publish(made: Path, target: Path) -> None:
     """
     for path in made.rglob("*"):
         if path.is_file():
-            _to_disk(path)
+            path.chmod(0o644)  # some libraries write private files; the cache may be shared
+            to_disk(path)
     if target.exists():
         os.replace(target, made.parent / "damaged")  # in the working folder: it goes with it
     os.replace(made, target)
@@ -120,7 +121,13 @@ def atomic_writer(path: Path) -> Iterator[TextIO]:
         raise
 
 
-def _to_disk(path: Path) -> None:
-    path.chmod(0o644)  # some libraries write private files; the cache may be shared
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+def to_disk(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk: they survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system can do that to a folder
+            raise
+    finally:
+        os.close(handle)

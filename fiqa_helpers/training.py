@@ -46,10 +46,14 @@ class AnswerTrainer(Trainer):
                 checkpoint written with other arguments; says at which step, and how to go on.
         """
         resume = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        run = Path(self.args.output_dir)
+        checkpoints.refuse_other_start(run, resume)
         if resume:
             written_with = (read_card(Path(resume) / TOTALS) or {}).get("arguments", {})
-            refuse_other_arguments(Path(resume).name, written_with, decisive_arguments(self.args))
-        with self.terminator:
+            refuse_other_arguments(Path(resume).name, written_with, self._arguments())
+        tokens = getattr(self.data_collator, "tokens_per_batch", None)
+        memory_errors = safety.memory_errors(run, lambda: self.state.global_step, tokens)
+        with self.terminator, safety.disk_errors(run), memory_errors:
             try:
                 return super().train(resume_from_checkpoint=resume, **kwargs)
             except pickle.UnpicklingError:  # torch refuses everything but tensors and plain values
@@ -67,14 +71,13 @@ class AnswerTrainer(Trainer):
         model.train()
         started = time.perf_counter()
         self._step_inputs, parts = inputs["micro_batches"], []
-        with self._memory_errors():
-            for micro_batch in self._step_inputs:
-                part = self._loss_sum(model, micro_batch) / num_items_in_batch
-                self.accelerator.backward(part)
-                parts.append(part.detach())
-                self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
-            loss = torch.stack(parts).sum()
-            value = loss.item()  # waits for the device, so that the time below is the step's
+        for micro_batch in self._step_inputs:
+            part = self._loss_sum(model, micro_batch) / num_items_in_batch
+            self.accelerator.backward(part)
+            parts.append(part.detach())
+            self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+        loss = torch.stack(parts).sum()
+        value = loss.item()  # waits for the device, so that the time below is the step's
         self._tokens += sum(_real_tokens(micro_batch) for micro_batch in self._step_inputs)
         self._seconds += time.perf_counter() - started
         self._check(
@@ -89,15 +92,12 @@ class AnswerTrainer(Trainer):
         """Validation loss: total negative log-likelihood over total answer tokens, in nats."""
         self.model.eval()
         total, tokens = 0.0, 0
-        with self._memory_errors():
-            for batch in dataloader:
-                for micro_batch in batch["micro_batches"]:
-                    with torch.no_grad():
-                        total += self._loss_sum(self.model, micro_batch).item()
-                    self.control = self.callback_handler.on_prediction_step(
-                        self.args, self.state, self.control
-                    )
-                tokens += int((batch["labels"] != IGNORE_INDEX).sum())
+        for batch in dataloader:
+            for micro_batch in batch["micro_batches"]:
+                with torch.no_grad():
+                    total += self._loss_sum(self.model, micro_batch).item()
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            tokens += int((batch["labels"] != IGNORE_INDEX).sum())
         metrics = {f"{metric_key_prefix}_loss": total / tokens, f"{metric_key_prefix}_tokens": tokens}
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
 
@@ -119,10 +119,6 @@ class AnswerTrainer(Trainer):
         with self.compute_loss_context_manager():
             # A cache would make transformers forget where packed rows begin.
             return model(**inputs, use_cache=False, num_items_in_batch=1).loss
-
-    def _memory_errors(self):
-        tokens = getattr(self.data_collator, "tokens_per_batch", None)
-        return safety.memory_errors(self.args.output_dir, self.state.global_step, tokens)
 
     # -- a loss that is no number, or out of bounds
 
@@ -149,7 +145,7 @@ class AnswerTrainer(Trainer):
         """The adapter in memory is still that of the step before: keep it."""
         self.model.zero_grad()
         kept = Path(self.args.output_dir) / "last_good_adapter"
-        with safety.saving(kept):
+        with safety.disk_errors(kept.parent, kept):
             self.model.save_pretrained(kept)
         rows = safety.rows_of(micro_batches, self.train_dataset)
         raise WorkshopError(
@@ -169,7 +165,7 @@ class AnswerTrainer(Trainer):
             checkpoints.report_and_set_aside(folder, "it is of an earlier, interrupted run")
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            with safety.saving(folder):
+            with safety.disk_errors(folder.parent, folder):
                 super()._save_checkpoint(model, trial)
                 write_json(folder / TOTALS, self._totals())
                 checkpoints.write_manifest(folder)
@@ -183,8 +179,11 @@ class AnswerTrainer(Trainer):
             "loss_since_log": self._tr_loss.item(),
             "loss_total": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
-            "arguments": decisive_arguments(self.args),
+            "arguments": self._arguments(),
         }
+
+    def _arguments(self) -> dict[str, object]:
+        return decisive_arguments(self.args, getattr(self.model, "peft_config", {}), train=self.train_dataset)
 
     def _init_training_state(self, max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial):
         found = super()._init_training_state(
@@ -195,6 +194,8 @@ class AnswerTrainer(Trainer):
             # the Trainer has dropped a path that is gone, as it is when the folder was moved
             stored = read_card(self._resumed_from / TRAINER_STATE_NAME) or {}
             self._trust_only_intact_best(stored.get("best_model_checkpoint"))
+            if self.state.global_step >= max_steps:  # killed after its last step: the Trainer would add one
+                return epochs, 0
         return found
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
@@ -204,14 +205,21 @@ class AnswerTrainer(Trainer):
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        """Gives back, once, the loss sums that the Trainer has set to zero."""
+        self._restore_totals()
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args, **kwargs):
+        self._restore_totals()  # of a run that was killed after its last step
+        return super()._finalize_training(*args, **kwargs)
+
+    def _restore_totals(self) -> None:
+        """Give back, once, the loss sums that the Trainer has set to zero."""
         if self._resumed_from:
             totals = read_card(self._resumed_from / TOTALS) or {}
             self._tr_loss += totals.get("loss_since_log", 0.0)
             self._total_loss_scalar = totals.get("loss_total", 0.0)
             self._globalstep_last_logged = totals.get("last_logged", self.state.global_step)
             self._resumed_from = None
-        super()._run_epoch(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         self._trust_only_intact_best(self.state.best_model_checkpoint)

@@ -106,6 +106,45 @@ def test_other_kind_of_adapter(folder, profile):
     refused(folder, profile, "PROMPT_TUNING")
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "tokenizer.json", "adapter_config.json"])
+def test_one_bit_flipped(folder, profile, name):
+    """A copy over a bad cable: the file has its length and its header, and one weight is another."""
+    content = bytearray((folder / name).read_bytes())
+    place = len(content) * 9 // 10 if name != "adapter_config.json" else content.index(b"32")
+    content[place] ^= 1
+    (folder / name).write_bytes(content)
+    refused(folder, profile, name, "04_train")
+
+
+def test_missing_tokenizer(folder, profile):
+    """Without its tokenizer transformers ends in a traceback of forty frames."""
+    (folder / "tokenizer.json").unlink()
+    refused(folder, profile, "tokenizer.json is missing", "04_train")
+
+
+def other_model(kind: str):
+    """Models of another width, depth and kind."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 99, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
+    if kind == "another kind":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=99, n_embd=64, n_layer=2, n_head=2)), ["c_attn"]
+    wide, deep = (128, 2) if kind == "wider" else (64, 3)
+    config = LlamaConfig(hidden_size=wide, num_hidden_layers=deep, **sizes)
+    return LlamaForCausalLM(config), ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.mark.parametrize("kind", ["wider", "deeper", "another kind"])
+def test_adapter_of_another_architecture(folder, profile, kind):
+    """Its card says that it fits; PEFT loads what fits with a warning, or gives up in a traceback."""
+    (folder / "manifest.json").unlink()
+    base, targets = other_model(kind)
+    lora = peft.LoraConfig(r=8, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
+    peft.get_peft_model(base, lora).save_pretrained(folder)
+    words = ("made for another model than random",) if kind != "another kind" else ("does not fit random",)
+    refused(folder, profile, *words, "04_train")
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("model", "packaged"), ("model_revision", "v2"), ("data", "hub"), ("prompt", "chat")],

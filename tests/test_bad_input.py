@@ -57,8 +57,8 @@ def adapter(wrong: str, files: dict[str, bytes], *words: str) -> Case:
     return Case(f"adapter {wrong}", "05", {"profile": "tiny"}, ("final_model", *words), write)
 
 
-def other_architecture(workdir: Path) -> None:
-    """A whole LoRA adapter of a model with twice the width."""
+def other_architecture(workdir: Path, **card: object) -> None:
+    """A whole LoRA adapter of a model with twice the width, and a card that says so or does not."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -67,7 +67,11 @@ def other_architecture(workdir: Path) -> None:
     folder = workdir / "checkpoints" / "final_model"
     get_peft_model(LlamaForCausalLM(config), lora).save_pretrained(folder)
     trained = {"model": "nvidia/other", "model_revision": "main", "data": "packaged", "prompt": "plain"}
-    (folder / "run_card.json").write_text(json.dumps({"profile": trained}))
+    (folder / "run_card.json").write_text(json.dumps({"profile": trained | card}))
+
+
+def other_architecture_in_disguise(workdir: Path) -> None:
+    other_architecture(workdir, model="random")
 
 
 def file_as_workdir(workdir: Path) -> None:
@@ -105,6 +109,9 @@ CASES = [
     parameter("06", "rows", -1, "rows is -1"),
     parameter("06", "no_repeat_ngram_size", "4", "no_repeat_ngram_size is '4'"),
     parameter("06", "endpoint", 8000, "endpoint is 8000"),
+    parameter("07", "recipe_steps", 0, "recipe_steps is 0"),
+    parameter("07", "processes", 0, "processes is 0"),
+    parameter("07", "tracker", "excel", "tracker is 'excel'", "tensorboard"),
     # profiles that can't run
     Case("gpu80 without a GPU", "03", {"profile": "gpu80"}, ("gpu80", "GPU")),
     overrides("{device: cuda}", "GPU", "laptop"),
@@ -167,6 +174,13 @@ CASES = [
         {"profile": "tiny"},
         ("trained with model = 'nvidia/other'", "or train again"),
         other_architecture,
+    ),
+    Case(
+        "adapter of another architecture",
+        "05",
+        {"profile": "tiny"},
+        ("final_model was made for another model than random", "run notebook 04_train"),
+        other_architecture_in_disguise,
     ),
     # notebooks out of order
     Case(

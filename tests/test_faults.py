@@ -108,7 +108,26 @@ def test_full_disk_while_saving(trainings, tmp_path):
         assert result(small) == result(tmp_path / "unkilled")
 
 
-@pytest.mark.parametrize("size", ["200k", "300k", "340k", "380k", "460k"])
+def test_full_disk_noticed_by_the_log(trainings, tmp_path):
+    """TensorBoard writes from a thread of its own, whose error comes up at some later line of the log."""
+    small, seldom = tmp_path / "small", CHAIN.replace("{", "{eval_steps: 40, ")
+    with mounted("-t", "tmpfs", "-o", "size=100k", "tmpfs", at=small):
+        process = trainings.start(small, overrides=seldom, flush_seconds=1)
+        while "resuming from None" not in trainings.log.read_text():
+            assert trainings.alive(process)
+        with contextlib.suppress(OSError), open(small / "filler", "wb", buffering=0) as filler:
+            while filler.write(b"x" * 4096):
+                pass
+        assert trainings.wait() == 1
+        said = trainings.log.read_text().splitlines()[-1]
+    run = small / "checkpoints" / "run"
+    assert said == (
+        f"WorkshopError: The disk of {run} is full: free some space and run this again; "
+        "no checkpoint was written yet."
+    )
+
+
+@pytest.mark.parametrize("size", ["160k", "200k", "300k", "340k", "380k", "500k"])
 def test_full_disk_at_any_file_of_a_checkpoint(trainings, tmp_path, size):
     """safetensors, torch and json each fail in their own words when the disk is full."""
     with mounted("-t", "tmpfs", "-o", f"size={size}", "tmpfs", at=tmp_path / "small"):
@@ -208,4 +227,4 @@ def test_notebook_04_goes_on_after(prepared, tmp_path, fault):
     assert again.returncode == 0, again.stderr
     executed = (workdir / "outputs" / "executed" / "04_train.ipynb").read_text()
     assert before >= 4 and checkpoints.fault(workdir / "checkpoints" / "final_model") is None
-    assert "finished 40 steps" in executed
+    assert f"resumed at step {before}" in executed and "finished 40 steps" in executed

@@ -77,6 +77,15 @@ def test_two_resumes_in_a_row_from_one_checkpoint(trainings, unkilled, killed, t
     assert result(tmp_path / "run") == result(unkilled)
 
 
+def test_killed_after_its_last_step(trainings, unkilled, tmp_path):
+    """All is trained and the adapter not saved yet: transformers would add a ninth step to the eight."""
+    shutil.copytree(unkilled, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "final_model")
+    assert "resuming from checkpoint-8" in trainings.run(tmp_path / "run", overrides=SHORT)
+    assert checkpoints.steps_of(run_folder(tmp_path / "run"))[0] == 8
+    assert result(tmp_path / "run") == result(unkilled)
+
+
 def test_sums_between_two_logs_survive(trainings, tmp_path):
     """On resume transformers forgets the losses since the last log: the next logged mean would be wrong."""
     job = {"overrides": SHORT, "logging_steps": 3}
@@ -171,6 +180,28 @@ def test_out_of_memory_gives_advice_and_keeps_the_checkpoint(trainings, unkilled
     assert said.endswith("checkpoint-4 is intact and the next run goes on from it.")
     trainings.run(workdir, overrides=SHORT)
     assert result(workdir) == result(unkilled)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("learning_rate: 1e-3", "learning_rate was 0.002 and is now 0.001"),
+        ("lora_dropout: 0.1", "lora_dropout was 0.05 and is now 0.1"),
+        ("train_rows: 8", "train_rows was 9 and is now 8"),
+        ("model: packaged", "model was 'random' and is now 'packaged'"),
+        ("prompt: chat", "prompt was 'plain' and is now 'chat'"),
+    ],
+)
+def test_killed_run_is_not_resumed_as_another(trainings, killed, tmp_path, change, named):
+    """Half of a run with one recipe and half with another; nothing may be computed or written."""
+    shutil.copytree(killed, tmp_path / "run")
+    name = change.split(":")[0]
+    kept = [part for part in SHORT.strip("{}").split(", ") if not part.startswith(name)]
+    trainings.start(tmp_path / "run", overrides="{" + ", ".join([*kept, change]) + "}")
+    assert trainings.wait() == 1
+    said = trainings.log.read_text().splitlines()[-1]
+    assert said.startswith("WorkshopError: checkpoints/run holds a run with other settings") and named in said
+    assert checkpoints.newest_complete(run_folder(tmp_path / "run")).name == "checkpoint-4"
 
 
 # -- in this process: losses, and losses that are no number
@@ -299,6 +330,30 @@ def test_exploding_loss_stops_and_no_exploded_adapter_is_saved(make_trainer, tmp
     assert f"checkpoint-{saved[0]}" in str(error.value)
 
 
+def test_out_of_memory_in_the_optimizer_gives_advice(make_trainer):
+    """AdamW takes its memory at the first step, after all forward passes went well."""
+    import torch
+
+    trainer = make_trainer()
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(lambda *_: torch.empty(2**50))  # more than there is anywhere
+    with pytest.raises(
+        WorkshopError, match="Memory ran out at step 0: lower tokens_per_batch .* no checkpoint"
+    ):
+        trainer.train()
+
+
+def test_sigterm_while_the_loss_explodes_promises_no_checkpoint(make_trainer, tmp_path):
+    """An exploding adapter is not saved, so the sentence must not name the checkpoint of that step."""
+    trainer = make_trainer({"max_steps": 10, "save_strategy": "steps", "save_steps": 5})
+    trainer.guard.limit = 0.0  # every loss counts as exploded
+    head = trainer.model.get_output_embeddings()
+    head.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(WorkshopError, match=r"\(SIGTERM\) after step 1 of 10: .* and it begins anew\."):
+        trainer.train()
+    assert checkpoints.steps_of(tmp_path / "run") == []
+
+
 def test_guard_forgives_a_single_bad_step():
     """One hard batch is no explosion."""
     from fiqa_helpers.safety import LossGuard
@@ -321,11 +376,40 @@ def test_checkpoint_with_other_training_arguments_is_refused(make_trainer, tmp_p
         changed.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lora_alpha": 64}, "lora_alpha was 32 and is now 64"),
+        ({"lora_targets": ("q_proj",)}, "lora_targets was .* and is now .*q_proj"),
+        ({"rows": 9}, r"the train rows changed \(train_sha256\)"),
+        ({"prompt": "chat"}, r"the train rows changed \(train_sha256\)"),
+    ],
+)
+def test_checkpoint_of_another_adapter_or_other_rows_is_refused(make_trainer, tmp_path, changes, named):
+    """A LoRA config or rows changed in a cell: PEFT would load the weights and scale them anew in silence."""
+    make_trainer({"save_strategy": "steps", "save_steps": 2, "max_steps": 2}).train()
+    with pytest.raises(WorkshopError, match=f"checkpoint-2 was written with other .*{named}"):
+        make_trainer({"max_steps": 2}, **changes).train(resume_from_checkpoint=tmp_path / "run/checkpoint-2")
+
+
+def test_training_over_newer_checkpoints_is_refused(make_trainer, tmp_path):
+    """The training cell is run twice in one kernel: step 0 again, over checkpoints of the first time."""
+    trainer = make_trainer({"save_strategy": "steps", "save_steps": 1, "max_steps": 3})
+    trainer.train()
+    for begin in (None, tmp_path / "run" / "checkpoint-1"):
+        with pytest.raises(
+            WorkshopError,
+            match="run holds checkpoint-3 and this would begin at (step 0|checkpoint-1): restart",
+        ):
+            trainer.train(resume_from_checkpoint=begin)
+
+
 def test_pickle_that_is_never_read(make_trainer, tmp_path):
     """training_args.bin is the one pickle in a checkpoint: a resume must not open it."""
     make_trainer({"save_strategy": "steps", "save_steps": 2, "max_steps": 2}).train()
     folder = tmp_path / "run" / "checkpoint-2"
     (folder / "training_args.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    checkpoints.write_manifest(folder)
     make_trainer({"max_steps": 2}).train(resume_from_checkpoint=folder)
     assert not (tmp_path / "ran").exists()
 
@@ -349,6 +433,7 @@ def test_pickle_in_a_checkpoint_is_refused(make_trainer, tmp_path, name):
     again = make_trainer({"max_steps": 2} | ({"max_steps": 3} if name == "rng_state.pth" else {}))
     if name == "rng_state.pth":  # read at the first step after the resume
         edit_totals(folder, max_steps=3)
+    checkpoints.write_manifest(folder)
     with pytest.raises(WorkshopError, match="checkpoint-2 holds something else than tensors"):
         again.train(resume_from_checkpoint=folder)
     assert not (tmp_path / "ran").exists()

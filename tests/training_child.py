@@ -5,6 +5,7 @@ once; each job is a forked process; its process id and exit status are printed. 
 two bytes what the process is doing at which step, so that a kill can be aimed and what it hit be proven.
 """
 
+import contextlib
 import json
 import mmap
 import os
@@ -19,11 +20,26 @@ TRAINING, EVALUATING, SAMPLING, SAVING = b"TESC"
 PHASES = {TRAINING: "training", EVALUATING: "evaluating", SAMPLING: "sampling", SAVING: "saving"}
 
 
+@contextlib.contextmanager
+def memory_limit(megabytes_more: int | None):
+    """Let this process take so much more memory inside the block; None: any."""
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    if megabytes_more is not None:
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + megabytes_more * 2**20, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
 def train(job: dict, prepared: dict) -> None:
     """One run, as notebook 04 does it: begin or resume, train, evaluate, sample, save the adapter."""
     import torch
     from peft import get_peft_model
+    from torch.utils.tensorboard import SummaryWriter
     from transformers import TrainerCallback, TrainingArguments, set_seed
+    from transformers.integrations import TensorBoardCallback
 
     from fiqa_helpers import checkpoints, data, model, profiles, prompts
     from fiqa_helpers.batching import StepCollator
@@ -42,15 +58,8 @@ def train(job: dict, prepared: dict) -> None:
             phase[0] = TRAINING
 
         def training_step(self, *args):
-            if "megabytes_more" not in job:
+            with memory_limit(job.get("megabytes_more")):
                 return super().training_step(*args)
-            now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            _, most = resource.getrlimit(resource.RLIMIT_AS)
-            resource.setrlimit(resource.RLIMIT_AS, (now + job["megabytes_more"] * 2**20, most))
-            try:
-                return super().training_step(*args)
-            finally:
-                resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
     class Phases(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -80,7 +89,9 @@ def train(job: dict, prepared: dict) -> None:
         phase[0] = TRAINING
         return answers
 
-    panel = LivePanel(splits["test"]["question"][:2], answer, profile.sample_steps)
+    writer = SummaryWriter(workspace.logs / "train", flush_secs=job.get("flush_seconds", 120))
+    png = workspace.plots / "04_training.png"
+    panel = LivePanel(splits["test"]["question"][:2], answer, profile.sample_steps, png=png)
     arguments = TrainingArguments(
         output_dir=str(run.folder),
         per_device_train_batch_size=profile.batch_size,
@@ -112,7 +123,7 @@ def train(job: dict, prepared: dict) -> None:
         train_dataset=encoded["train"],
         eval_dataset=encoded["validation"],
         data_collator=StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout),
-        callbacks=[Phases(), panel],
+        callbacks=[Phases(), panel, TensorBoardCallback(writer)],
     )
     remove_progress_callbacks(trainer)
     with panel:
