@@ -77,6 +77,17 @@ def test_two_resumes_in_a_row_from_one_checkpoint(trainings, unkilled, killed, t
     assert result(tmp_path / "run") == result(unkilled)
 
 
+def test_killed_between_the_files_and_the_manifest(trainings, unkilled, tmp_path):
+    """Where only one checkpoint is kept, the old one must not go before the new one is vouched for."""
+    job = {"overrides": SHORT, "save_total_limit": 1}
+    trainings.start(tmp_path, dies_before_manifest_of="checkpoint-4", **job)
+    assert trainings.wait() == -signal.SIGKILL
+    said = trainings.run(tmp_path, **job)
+    assert "checkpoint-4 is not used: it has no manifest" in said and "resuming from checkpoint-2" in said
+    assert result(tmp_path) == result(unkilled)
+    assert (run_folder(tmp_path) / "set_aside").is_dir()
+
+
 def test_killed_after_its_last_step(trainings, unkilled, tmp_path):
     """All is trained and the adapter not saved yet: transformers would add a ninth step to the eight."""
     shutil.copytree(unkilled, tmp_path / "run")
