@@ -17,6 +17,7 @@ LICENCES = {
         "“Built with Llama” and a name that begins with Llama where the model is passed on.",
     ),
     "packaged": ("apache-2.0", "The base model, SmolLM2-135M-Instruct, is under Apache-2.0."),
+    "random": ("other", "The base model's weights are random numbers: there is nothing to license."),
 }
 BASES = {"packaged": "HuggingFaceTB/SmolLM2-135M-Instruct", "random": "random weights, for tests"}
 DATA = (
@@ -123,8 +124,8 @@ def _prompt(profile: Profile) -> str:
 def _data_source(profile: Profile) -> str:
     if profile.data == "packaged":
         return (
-            "The rows are 648 that are the **test split** of the hub's data set: this model must not be "
-            "evaluated on that split."
+            "The rows are from the 648 that are the **test split** of the hub's data set. It was trained on "
+            "some of them: it must not be evaluated on that split. An evaluation below uses others, held out."
         )
     return f"Source: {profile.data}."
 

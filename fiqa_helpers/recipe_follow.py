@@ -20,6 +20,7 @@ from fiqa_helpers.launch import launch_line
 from fiqa_helpers.live import EVALUATING, TRAINING, LivePanel
 from fiqa_helpers.recipe_check import check_recipe
 from fiqa_helpers.recipe_schema import read_recipe
+from fiqa_helpers.storage import disk_errors
 
 POLL = 0.3  # seconds between two looks at the metrics
 PATIENCE = 60  # seconds that a stopped run is given to save its checkpoint
@@ -92,7 +93,8 @@ def run_recipe(
     """
     check_recipe(path, processes, resume=resume)
     folder = Path(read_recipe(Path(path)).get("checkpoint.checkpoint_dir"))
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder, "give the recipe another checkpoint_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
     line = launch_line(path, processes, cpu=cpu, python=sys.executable)
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
     cores = max(1, (os.cpu_count() or 1) // processes)
