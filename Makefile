@@ -24,11 +24,11 @@ unexport VENV PROFILE OVERRIDES WORKDIR ONLY FRESH ARGS
 MAKEOVERRIDES =
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lab book env check lint format clean lock
+.PHONY: help run test test-slow lab book env check lint format exercises clean-notebooks clean lock
 
 help:  ## list these commands
 	@echo "make COMMAND [NAME=value ...]"
-	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' Makefile | awk -F'|' '{ printf "%-13s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
 	@echo
 	@echo "For run:  PROFILE=auto|laptop|gpu24|gpu80  OVERRIDES='{max_steps: 20}'  WORKDIR=folder  ONLY=01,02  FRESH=1"
 	@echo "For all:  VENV=folder (default .venv)  PYTHON=python3.13  ARGS='more arguments for the program called'"
@@ -73,6 +73,12 @@ lint: env  ## ruff over code and notebooks
 format: env  ## let ruff format code and notebooks
 	@$(python) -m ruff check --fix .
 	@$(python) -m ruff format .
+
+exercises: env  ## write the exercises into the notebooks, from notebooks/solutions
+	@$(python) scripts/exercises.py
+
+clean-notebooks: env  ## write outputs/clean: headings and code only, to work through again from memory
+	@$(python) scripts/clean_notebooks.py
 
 clean:  ## delete what runs wrote here (data, checkpoints, outputs) and tool caches; keeps the environment
 	rm -rf data checkpoints outputs build .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 from hypothesis import settings
 from llama3_like import LLAMA3_TURNS, llama3_like
@@ -94,12 +95,26 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def add_solved(notebook: Path) -> None:
+    """Put each exercise's solution and its check once more right behind the reader's own, which is open."""
+    solutions = nbformat.read(PROJECT / "notebooks" / "solutions" / notebook.name, 4)
+    solved = {cell["id"].split("-")[-1]: cell for cell in solutions.cells if "-solution-" in cell["id"]}
+    lesson, cells = nbformat.read(notebook, 4), []
+    for cell in lesson.cells:
+        cells.append(cell)
+        if "check" in cell.metadata.get("tags", []):
+            number = cell["id"].split("-")[2]
+            cells += [solved[number], nbformat.from_dict({**cell, "id": f"{cell['id']}-solved"})]
+    lesson.cells = cells
+    nbformat.write(lesson, notebook)
+
+
 @pytest.fixture(scope="session")
 def executed(tmp_path_factory) -> Path:
     """Folder with every notebook executed and, beside them, what they wrote (it is their workdir).
 
     The real model on real rows, once for all tests. papermill injects the parameters and nbmake executes:
-    both tools see each notebook, at the cost of one run.
+    both tools see each notebook, at the cost of one run. Exercises are there twice: open, then solved.
     """
     folder = tmp_path_factory.mktemp("tutorial")
     parameters = folder / "parameters.yaml"
@@ -113,6 +128,7 @@ def executed(tmp_path_factory) -> Path:
             check=True,
             capture_output=True,
         )
+        add_solved(folder / notebook.name)
     nbmake = ["pytest", "--nbmake", "--overwrite", "--nbmake-timeout=1800", "-p", "no:cacheprovider", "-q"]
     files = [path.name for path in notebooks]
     run = subprocess.run(

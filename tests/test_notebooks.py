@@ -65,6 +65,21 @@ def test_writes_its_run_card(executed, name):
     assert not missing
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_exercises_open_and_solved(executed, name):
+    """An open exercise must not stop a run, and its solution must be right on what the notebook left."""
+    said = [
+        (cell["id"].endswith("-solved"), " ".join(output.text.split()))
+        for cell in read(executed, name).cells
+        if cell.cell_type == "code" and "check" in cell.metadata.get("tags", [])
+        for output in cell.outputs
+    ]
+    print(*[text for _, text in said], sep="\n")
+    assert len(said) >= 4
+    for solved, text in said:
+        assert ("✓ right" if solved else "not solved yet") in text, text
+
+
 def test_the_laptop_run_fits_its_time_and_memory(executed):
     """A laptop of two cores and 8 GB must do 00 to 06 in a coffee break; a slow cell is found here."""
     cards = {name[:2]: card(executed, name[:2]) for name in NAMES if name < "07"}
