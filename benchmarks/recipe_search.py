@@ -55,10 +55,11 @@ class Setting:
     longest: int = 100_000  # words
     links: bool = True  # whether answers with links are kept
     first_words: int = 0  # whole sentences from the start, at most so many words; 0 is the whole answer
+    unquoted: bool = False  # takes off the CSV quotes that stand around a third of the answers
     prompt: str = "plain"
 
 
-BRIEF = Setting(5e-4, 2, shortest=20, links=False, first_words=100)
+BRIEF = Setting(5e-4, 2, shortest=20, links=False, first_words=100, unquoted=True)
 SETTINGS = {  # the most promising first, as time may run out
     "reference": Setting(),
     "beginnings": BRIEF,
@@ -287,12 +288,14 @@ def anchored_trainer(weight: float):
 
 
 def prepared(rows: list[dict], setting: Setting) -> list[dict]:
-    """The training rows as the setting wants them: filtered, answers shortened."""
+    """The training rows as the setting wants them: filtered, answers cleaned and shortened."""
     kept = []
     for row in rows:
         answer = row["ground_truths"][0]
         link = "http" in answer or "www." in answer
         if setting.shortest <= len(answer.split()) <= setting.longest and (setting.links or not link):
+            if setting.unquoted and answer[0] == answer[-1] == '"':
+                answer = answer[1:-1].replace('""', '"').strip()
             answer = beginning(answer, setting.first_words) if setting.first_words else answer
             kept.append({"question": row["question"], "ground_truths": [answer]})
     return kept

@@ -275,8 +275,12 @@ def test_an_interrupt_ends_at_the_next_token(workspace, rows, adapted, tiny_toke
 
     long = Decoding(max_new_tokens=120)
     solver = solver_for(adapted, tiny_tokenizer, decoding=long, kind=Interrupting)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(workspace, rows, solver, similarity, "tuned")
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(workspace, rows, solver, similarity, "tuned")
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert len(solver.batches) == 2 and solver.stop
     (folder,) = (workspace.evaluation / "answers").iterdir()
     assert len(read_log(folder / ANSWERS_LOG)) == 3

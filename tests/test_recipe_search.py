@@ -119,3 +119,6 @@ def test_training_rows_are_shortened_at_sentences(search):
     setting = search.Setting(shortest=20, longest=100, links=False)
     assert search.prepared(rows, setting) == [rows[2]]
     assert search.prepared(rows, search.Setting()) == rows
+    quoted = [{"question": "q", "ground_truths": ['"Buy ""low"". Sell high."']}]
+    (row,) = search.prepared(quoted, search.Setting(unquoted=True, first_words=2))
+    assert row["ground_truths"] == ['Buy "low".']
