@@ -169,6 +169,33 @@ def test_predict_run_explain(path):
     assert text.count("**Predict:**") >= 3
 
 
+# Steps that only prepare, launch or write: there is nothing to guess.
+NO_RESULT = {
+    *("Write the processed splits", "One row", "The final form", "Rows to train on", "Training arguments"),
+    *("The model, with its adapter", "What to watch", "Base first, adapter on top", "Your own questions"),
+    *("Give the memory back", "Rows for a fair test", "Keep the evidence", "Launch lines"),
+}
+
+
+@lesson
+def test_every_result_is_predicted_first(path):
+    """Three predictions in a notebook of ten results leave seven that are looked at and not thought about."""
+    predicted, shows, title = {}, set(), ""
+    for cell in cells(path):
+        if cell.cell_type == "code":
+            shows.add(title)
+            continue
+        for part in re.split(r"^(?=## )", cell.source, flags=re.MULTILINE):
+            heading = re.match(r"## (?:\d+\.\d+ )?(.+)", part)
+            title = heading[1] if heading else title
+            predicted[title] = predicted.get(title, False) or "**Predict:**" in part
+    steps = [
+        title for title in predicted if title in shows and title not in ENDINGS and title not in NO_RESULT
+    ]
+    missing = [title for title in steps if title and not predicted[title]]
+    assert not missing, f"no **Predict:** before the result of {missing}"
+
+
 @lesson
 def test_checkpoint_asserts_are_friendly(path):
     """A bare AssertionError tells nobody what to do."""
