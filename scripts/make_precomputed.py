@@ -1,0 +1,143 @@
+#!/usr/bin/env python
+"""Make notebooks/precomputed/ out of a finished run: `python scripts/make_precomputed.py WORKDIR`.
+
+WORKDIR holds what notebooks 00 to 06 wrote with one profile: `outputs/` and `checkpoints/final_model/`. Its
+run cards are taken over as they are, except for paths of the machine that made them. The adapter is rounded
+to bf16, which halves its file; pictures get a palette. `--page` writes only the page of the folder again.
+"""
+
+import argparse
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fiqa_helpers import precomputed, show  # noqa: E402
+from fiqa_helpers.adapters import CARD, CONFIG, WEIGHTS  # noqa: E402
+from fiqa_helpers.errors import WorkshopError  # noqa: E402
+from fiqa_helpers.metrics import METRICS  # noqa: E402
+from fiqa_helpers.runcard import read_card, write_json  # noqa: E402
+
+LIMIT = 2_000_000  # bytes of everything
+TEMPLATE = Path(__file__).with_name("precomputed_page.md")
+NOTEBOOKS = ("00", "01", "02", "03", "04", "05", "06")
+PLOTS = ("01_answer_words", "01_topics", "02_token_lengths", "02_padding_waste", "06_differences")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workdir", type=Path, nargs="?")
+    parser.add_argument("--page", action="store_true")
+    options = parser.parse_args()
+    kept = precomputed.load()
+    if not options.page:
+        take_over(options.workdir, kept.folder)
+        picture = io.BytesIO()
+        precomputed.draw_losses(kept)[0].savefig(picture, dpi=100)
+        with_palette(picture, kept.folder / "plots" / "04_losses.png")
+    (kept.folder / "README.md").write_text(page(kept), encoding="utf-8")
+    size = sum(path.stat().st_size for path in kept.folder.rglob("*") if path.is_file())
+    print(f"{kept.label}\n{size:,} bytes in {kept.folder}")
+    return 0 if size <= LIMIT else f"That is more than {LIMIT:,} bytes."
+
+
+def take_over(workdir: Path, target: Path) -> None:
+    """Copy what is kept of a run, without paths of its machine."""
+    final = workdir / "checkpoints" / "final_model"
+    training = read_card(final / CARD)
+    if training is None or not training["finished"]:
+        raise WorkshopError(f"{final} holds no finished adapter: run the notebooks first.")
+    if training["profile"]["model"] == "random":
+        raise WorkshopError(f"{workdir} is a run with random weights, which learn nothing: it is not kept.")
+    shutil.rmtree(target, ignore_errors=True)
+    for folder in ("adapter", "run_cards", "plots"):
+        (target / folder).mkdir(parents=True)
+    round_adapter(final / WEIGHTS, target / "adapter" / WEIGHTS)
+    config = json.loads((final / CONFIG).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = training["profile"]["model"]
+    write_json(target / "adapter" / CONFIG, config)
+    write_json(target / "adapter" / CARD, training | {"adapter_dtype": "bfloat16, rounded from float32"})
+    for number in NOTEBOOKS:
+        card = read_card(workdir / "outputs" / "run_cards" / f"{number}.json")
+        write_json(target / "run_cards" / f"{number}.json", card | {"parameters": {}, "files": []})
+    summary = read_card(workdir / "outputs" / "evaluation" / "summary.json")
+    kept = ("written", "profile", "rows", "test_rows", "comparisons", "floors", "metric_version", "versions")
+    write_json(target / "evaluation.json", {key: summary[key] for key in kept})
+    for name in PLOTS:
+        with_palette(workdir / "outputs" / "plots" / f"{name}.png", target / "plots" / f"{name}.png")
+    for path in target.rglob("*.json"):
+        if str(workdir) in path.read_text(encoding="utf-8") or "/root" in path.read_text(encoding="utf-8"):
+            raise WorkshopError(f"{path} names a path of the machine: leave that out.")
+
+
+def round_adapter(source: Path, target: Path) -> None:
+    """The weights of an adapter in bf16; PEFT loads them back into fp32."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    save_file({n: t.to(torch.bfloat16) for n, t in load_file(source).items()}, target, {"format": "pt"})
+
+
+def with_palette(source: Path | io.BytesIO, target: Path, colours: int = 24) -> None:
+    """A plot as a small PNG; its few colours lose nothing."""
+    from PIL import Image
+
+    image = Image.open(source).convert("RGB")
+    image.quantize(colours, dither=Image.Dither.NONE).save(target, "PNG", optimize=True)
+
+
+def page(kept: precomputed.KeptRun) -> str:
+    """The run to read and to teach from, without running anything."""
+    one, two, five = (kept.notebook(number)["facts"] for number in ("01", "02", "05"))
+    validation = kept.history()["eval_loss"].dropna()
+    evaluation, greedy = kept.evaluation, five["greedy"]
+    answers = zip(five["questions"], greedy["base"], greedy["tuned"], strict=True)
+    floors = evaluation["floors"]
+    lines = []
+    for name, found in evaluation["comparisons"].items():
+        values = [METRICS[name].title, f"{found['base']:.3f}", f"{found['tuned']:.3f}"]
+        values += [f"{found['difference']:+.3f}", f"{found['low']:+.3f} to {found['high']:+.3f}"]
+        values += [found["verdict"]]
+        values += [f"{means[name]:.3f}" if name in means else "" for means in floors.values()]
+        lines.append(values)
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        label=kept.label,
+        words=one["answer_words"],
+        traces=", ".join(f"{name} {share:.1%}" for name, share in one["traces"].items()),
+        tokens=two["tokens"],
+        useful=", ".join(f"{name} {share:.0%}" for name, share in two["useful"].items()),
+        first=validation.iloc[0],
+        best=validation.min(),
+        best_step=validation.idxmin(),
+        last=validation.iloc[-1],
+        losses=precomputed.draw_losses(kept)[1],
+        answers="\n".join(line(map(cell, row)) for row in answers),
+        rows=evaluation["rows"],
+        test_rows=evaluation["test_rows"],
+        head=line(["metric", "base", "tuned", "difference", "95 % interval", "verdict", *floors]),
+        rule=line(["---"] * (6 + len(floors))),
+        metrics="\n".join(map(line, lines)),
+    )
+
+
+def line(cells: Iterable[str]) -> str:
+    """One line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def cell(text: str) -> str:
+    """Generated text as the inert content of a Markdown table's cell."""
+    return " ".join(show.escape(text).split()).replace("|", "&#124;").replace("`", "&#96;") or "*(nothing)*"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except WorkshopError as error:
+        sys.exit(str(error))

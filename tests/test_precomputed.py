@@ -1,0 +1,133 @@
+"""The run that is kept in the repository: labelled, small, of real weights, and used only where it fits."""
+
+import dataclasses
+import json
+import re
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fiqa_helpers import precomputed, profiles
+from fiqa_helpers.adapters import check_adapter
+from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.paths import Workspace
+
+KEPT = precomputed.load()
+FILES = sorted(path for path in KEPT.folder.rglob("*") if path.is_file())
+
+
+def make_precomputed() -> dict:
+    """The names of scripts/make_precomputed.py."""
+    script = Path(__file__).resolve().parent.parent / "scripts" / "make_precomputed.py"
+    return runpy.run_path(str(script))
+
+
+def test_it_is_small():
+    """Two megabytes is what a clone may cost for it."""
+    assert sum(path.stat().st_size for path in FILES) <= 2_000_000
+
+
+def test_it_is_of_real_weights_and_says_whose():
+    """Random weights must never pose as learning, nor a laptop's minutes as a GPU's."""
+    training, device = KEPT.training, KEPT.notebook("04")["device"]
+    assert training["finished"] and training["profile"]["model"] != "random"
+    assert training["validation_loss"]["best"] < training["validation_loss"]["before"]
+    where = device["gpu"]["name"] if device["gpu"] else device["cpu"]
+    for word in ("Precomputed run", "SmolLM2-135M-Instruct", "FiQA", where, training["written"][:10]):
+        assert word in KEPT.label
+    run = {KEPT.notebook(number)["git_revision"] for number in ("00", "01", "02", "03", "04", "05", "06")}
+    assert run == {training["git_revision"]}, "the cards are of different states of the project"
+
+
+def test_nothing_of_the_machine_that_made_it():
+    """A path of somebody's machine works nowhere else."""
+    for path in FILES:
+        if path.suffix in (".json", ".md"):
+            assert not re.search(r"/(root|home|tmp|work|Users)/", path.read_text("utf-8")), path
+
+
+def test_the_page_is_written_from_the_files():
+    """A page edited by hand, or files changed without it, tell two stories."""
+    assert make_precomputed()["page"](KEPT) == (KEPT.folder / "README.md").read_text("utf-8")
+    for target in re.findall(r"\]\((plots/[^)]+)\)", (KEPT.folder / "README.md").read_text("utf-8")):
+        assert (KEPT.folder / target).is_file()
+
+
+def test_no_data_set_in_disguise(fiqa_rows):
+    """A few quoted questions may be here, FiQA's answers may not."""
+    text = "\n".join(path.read_text("utf-8") for path in FILES if path.suffix in (".json", ".md"))
+    questions = [row["question"] for row in fiqa_rows if row["question"] in text]
+    assert 0 < len(questions) <= 12
+    assert "CC-BY-SA-4.0" in text
+    answers = [row["ground_truths"][0][:80] for row in fiqa_rows]
+    assert not [answer for answer in answers if answer in text]
+
+
+def test_the_adapter_loads_and_changes_the_model(smollm2):
+    """What a person without notebook 04 is given must be an adapter that does something."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    card = check_adapter(KEPT.folder / "adapter", profiles.load_profile("laptop"))
+    assert card["profile"]["prompt"] == "plain"
+    base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(smollm2)("Question: Are bonds safe?\n\nAnswer:", return_tensors="pt")
+    with torch.no_grad():
+        before = base(**ids).logits
+        tuned = PeftModel.from_pretrained(base, KEPT.folder / "adapter").eval()
+        assert (tuned(**ids).logits - before).abs().max() > 0.1
+    assert {p.dtype for n, p in tuned.named_parameters() if "lora_" in n} == {torch.float32}
+
+
+def test_it_stands_in_only_where_notebook_04_was_not_run(tmp_path, capsys):
+    """Somebody's own adapter must never be passed over, not even a broken one."""
+    workspace, laptop = Workspace(str(tmp_path)), profiles.load_profile("laptop")
+    assert precomputed.adapter_folder(workspace, laptop) == KEPT.folder / "adapter"
+    assert "Notebook 04 was not run" in (said := capsys.readouterr().out) and KEPT.label in said
+    workspace.final_model.mkdir()
+    assert precomputed.adapter_folder(workspace, laptop) == workspace.final_model
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("change", [{"model": "random"}, {"data": "hub"}, {"prompt": "chat"}])
+def test_it_never_stands_in_for_another_model_data_or_prompt(tmp_path, change):
+    """There the next check says which notebook to run."""
+    profile = dataclasses.replace(profiles.PROFILES["laptop"], **change)
+    folder = precomputed.adapter_folder(Workspace(str(tmp_path)), profile)
+    with pytest.raises(WorkshopError, match="There is no adapter in .*run notebook 04_train first"):
+        check_adapter(folder, profile)
+
+
+def test_the_figure_is_described_in_words():
+    """Its alt text has the figures that the curve shows, and those of one's own run beside it."""
+    import pandas as pd
+
+    own = pd.DataFrame({"eval_loss": [3.5, None, 3.25]}, index=[0, 1, 2])
+    figure, alt = precomputed.draw_losses(KEPT, own)
+    assert f"{KEPT.history()['eval_loss'].min():.3f}" in alt and "Yours: 3.500, then 3.250." in alt
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["precomputed: training", "precomputed: validation", "your run: validation"]
+    assert "Yours" not in precomputed.draw_losses(KEPT)[1]
+
+
+def test_a_run_with_random_weights_is_not_taken_over(tmp_path):
+    """The tests' own profile writes the same files; they would look like a model that learned nothing."""
+    shutil.copytree(KEPT.folder / "adapter", tmp_path / "checkpoints" / "final_model")
+    card = tmp_path / "checkpoints" / "final_model" / "run_card.json"
+    content = json.loads(card.read_text())
+    content["profile"]["model"] = "random"
+    card.write_text(json.dumps(content))
+    with pytest.raises(Exception, match="random weights, which learn nothing"):
+        make_precomputed()["take_over"](tmp_path, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    """Somebody deleted a folder that nobody seemed to need."""
+    with pytest.raises(
+        WorkshopError, match="run_card.json is missing or damaged: take it from the repository"
+    ):
+        _ = precomputed.KeptRun(tmp_path).label
