@@ -24,7 +24,7 @@ unexport VENV PROFILE OVERRIDES WORKDIR ONLY FRESH ARGS
 MAKEOVERRIDES =
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lab book env check lint format exercises clean-notebooks clean lock
+.PHONY: help run test test-slow lab book env check preflight bundle lint format exercises clean-notebooks clean lock
 
 help:  ## list these commands
 	@echo "make COMMAND [NAME=value ...]"
@@ -65,6 +65,13 @@ env:  ## make or update the environment only
 check: env  ## check this machine: one line for each requirement, for bug reports too
 	@$(python) -m fiqa_helpers check --profile "$$FIQA_PROFILE" --overrides "$$FIQA_OVERRIDES" \
 		--workdir "$$FIQA_WORKDIR" $(ARGS)
+
+preflight: env  ## the night before a lesson: the checks, and everything on the disk, ports and browser too
+	@$(python) -m fiqa_helpers preflight --profile "$$FIQA_PROFILE" --overrides "$$FIQA_OVERRIDES" \
+		--workdir "$$FIQA_WORKDIR" $(ARGS)
+
+bundle: env  ## pack the project with model and data into one archive for a stick, outputs/fiqa-workshop.tar
+	@$(python) -m fiqa_helpers bundle $(ARGS)
 
 lint: env  ## ruff over code and notebooks
 	@$(python) -m ruff check .

@@ -16,6 +16,7 @@ EPILOG = """examples:
   python -m fiqa_helpers ask "Should I pay off my mortgage early or invest the extra money?"
   python -m fiqa_helpers evaluate --rows 48
   python -m fiqa_helpers recipe --profile gpu80 --gpus 8
+  python -m fiqa_helpers compare try1 try2
 
 COMMAND --help says more about each. Exit codes: 0 done, 1 refused or failed, 2 wrong command line.
 """
@@ -44,14 +45,19 @@ def parser() -> argparse.ArgumentParser:
     )
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, help: str, more: str = "") -> argparse.ArgumentParser:
+    def command(name: str, help: str, more: str = "", parents=(common,)) -> argparse.ArgumentParser:
         """One subcommand: what it does in a line, and in full."""
         sentence = help[0].upper() + help[1:] + "."
         return subparsers.add_parser(
-            name, parents=[common], help=help, description=f"{sentence} {more}".strip()
+            name, parents=parents, help=help, description=f"{sentence} {more}".strip()
         )
 
     command("check", "one line for each requirement, for bug reports too", "Exit code 1: one is not met.")
+    command(
+        "preflight",
+        "the checks, and on the disk all that a room without network needs",
+        "For the night before a lesson: ports and browser too. Exit code 1: one is not met.",
+    )
 
     run = command("run", "execute the notebooks in order", "It ends with a table of results.")
     run.add_argument("--only", default="", metavar="NN", help="notebooks to run: 04, or 01,02, 00-03, 04-")
@@ -68,7 +74,8 @@ def parser() -> argparse.ArgumentParser:
     ask = command(
         "ask",
         "answers of the untuned and the tuned model side by side, as in notebook 05",
-        "It needs an adapter: run `train` first, with the same profile and overrides.",
+        "It needs an adapter: run `train` first, with the same profile and overrides. Without one, a precomputed "
+        "adapter answers where model, data and prompt are its own, and says so.",
     )
     ask.add_argument("questions", nargs="+", metavar="QUESTION", help="in quotation marks, one or more")
     ask.add_argument(
@@ -108,6 +115,29 @@ def parser() -> argparse.ArgumentParser:
         "--stand-in-tokenizer",
         action="store_true",
         help="check with SmolLM2's tokenizer, where the model's own is out of reach",
+    )
+
+    compare = command(
+        "compare",
+        "runs side by side, from their run cards",
+        "What was set differently and what came out; a page with curves goes to the first run's outputs/.",
+        parents=(),
+    )
+    compare.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="what was --workdir of a run; two or more"
+    )
+
+    bundle = command(
+        "bundle",
+        "pack the project with model and data into one archive for a stick",
+        "It needs a git clone, and once a network. How to use it is in docs/instructor.md.",
+        parents=(),
+    )
+    bundle.add_argument(
+        "--output",
+        default="outputs/fiqa-workshop.tar",
+        metavar="FILE",
+        help="default: outputs/fiqa-workshop.tar",
     )
     return top
 

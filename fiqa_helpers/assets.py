@@ -120,6 +120,13 @@ def fetch(name: str, cache: Path | None = None) -> Path:
     return target
 
 
+def in_cache(name: str, cache: Path | None = None) -> bool:
+    """Whether the asset `name` is in the cache and whole: it is hashed. Fetches nothing."""
+    asset = ASSETS[name]
+    folder = Path(cache or cache_dir()) / asset.name_in_cache
+    return _matches(folder / PurePosixPath(asset.member).name, asset)
+
+
 def fiqa_test_file(cache: Path | None = None) -> Path:
     """The 648 rows of FiQA's test split, JSON lines with `question` and `answer`."""
     return fetch("fiqa_test", cache)

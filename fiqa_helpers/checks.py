@@ -34,6 +34,11 @@ class Check:
 
 def checks(workspace: Workspace, profile: "Profile") -> list[Check]:
     """All requirements of a run with `profile` in `workspace`; takes seconds, downloads nothing."""
+    return [*machine_checks(workspace, profile), *_assets(profile)]
+
+
+def machine_checks(workspace: Workspace, profile: "Profile") -> list[Check]:
+    """What a run asks of the machine and its environment; model and data aside."""
     memory, disk = NEEDS.get(profile.name, NEEDS["laptop"])
     return [
         _system(),
@@ -46,7 +51,6 @@ def checks(workspace: Workspace, profile: "Profile") -> list[Check]:
             "Disk for models", _model_folder(profile), disk, "set FIQA_CACHE (or HF_HOME) to a larger disk"
         ),
         _gpu(profile),
-        *_assets(profile),
     ]
 
 

@@ -19,6 +19,17 @@ def check(options: argparse.Namespace) -> int:
     return 0 if all(result.ok for result in results) else 1
 
 
+def preflight(options: argparse.Namespace) -> int:
+    """Print the checks of the night before."""
+    from fiqa_helpers.checks import report
+    from fiqa_helpers.preflight import preflight
+    from fiqa_helpers.profiles import planned_profile
+
+    results = preflight(Workspace(options.workdir), planned_profile(options.profile, options.overrides))
+    print(report(results))
+    return 0 if all(result.ok for result in results) else 1
+
+
 def run(options: argparse.Namespace) -> int:
     """Execute the notebooks that `only` names."""
     return _execute(options, options.only, fresh=options.fresh)
@@ -43,21 +54,22 @@ def ask(options: argparse.Namespace) -> int:
     """Print both models' answers, with the calls of notebook 05."""
     from fiqa_helpers import notebook, show
     from fiqa_helpers.adapters import check_adapter
+    from fiqa_helpers.precomputed import adapter_folder
     from fiqa_helpers.runner import progress
 
     kinds = {"profile": str, "overrides": str, "workdir": str, "temperature": float, "sampling_seed": int}
     begun = notebook.start(vars(options) | {"__annotations__": kinds}, "05")
-    profile, folder = begun.profile, begun.workspace.final_model
+    profile = begun.profile
+    folder = adapter_folder(begun.workspace, profile)
     check_adapter(folder, profile)
     with progress("ask", unit="step") as step:
         step(1, 3, "loading the base model and the adapter")
         from peft import PeftModel
-        from transformers import AutoTokenizer
 
         from fiqa_helpers import model
         from fiqa_helpers.generation import generate_answers
 
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = model.load_tokenizer(profile)
         tuned = PeftModel.from_pretrained(model.load_base(profile), folder)
         asked = (tuned, tokenizer, options.questions, profile.prompt, profile.max_new_tokens)
         step(2, 3, "the untuned model answers")
@@ -98,6 +110,26 @@ def recipe(options: argparse.Namespace) -> int:
         report = check_recipe(path, options.gpus, tokenizer if stands_in else None)
     print(f"{report}\n\nRecipe  {path}")
     print(f"Start   {launch.launch_line(path, options.gpus, cpu=profile.device == 'cpu')}")
+    return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Print what was set differently and what came out, and write the page."""
+    from fiqa_helpers.compare import compare
+
+    text, page = compare(options.folders)
+    print(f"{text}\n\nWith the curves: {page}")
+    return 0
+
+
+def bundle(options: argparse.Namespace) -> int:
+    """Write the archive and say where it is."""
+    from pathlib import Path
+
+    from fiqa_helpers.bundle import make_bundle
+
+    target = make_bundle(Path(options.output))
+    print(f"{target}, {target.stat().st_size / 1e6:.0f} MB: unpack it with `tar xf` and read START_HERE.txt.")
     return 0
 
 

@@ -37,12 +37,16 @@ def load_from_hub(revision: str = "") -> tuple[str, "DatasetDict"]:
             except (ValueError, RuntimeError) as error:  # a script repository, or one without this config
                 reasons.append(f"{name} at {candidate}: {_first_line(error)}")
             except Exception as error:  # every HTTP library has a word of its own for "no network"
-                return _cached(revision, _first_line(error))
+                return from_cache(revision, _first_line(error))
     raise WorkshopError(f"The hub has no usable FiQA ({'; '.join(reasons)}): {REMEDY}.")
 
 
-def _cached(revision: str, reason: str) -> tuple[str, "DatasetDict"]:
-    """What an earlier run downloaded (of that commit, if one was asked for)."""
+def from_cache(revision: str, reason: str) -> tuple[str, "DatasetDict"]:
+    """What an earlier run downloaded (of that commit, if one was asked for); the hub is not asked.
+
+    Raises:
+        WorkshopError: nothing of FiQA is in the cache. `reason` says why only the cache was looked at.
+    """
     from datasets import config
 
     was_offline, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True  # else it asks the hub for half a minute

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO
 
 from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.paths import project_root
 from fiqa_helpers.storage import digest, say
 
 if TYPE_CHECKING:
@@ -30,10 +31,11 @@ runpy.run_module("pip", run_name="__main__", alter_sys=True)
 
 
 def local_wheel(asset: "Asset") -> Path | None:
-    """The wheel in the folder FIQA_WHEELS (a stick handed round in a classroom), if it is there."""
+    """The wheel in the folder FIQA_WHEELS, or in `wheels/` of the project (as `make bundle` packs it)."""
     folder = os.environ.get("FIQA_WHEELS")
     if not folder:
-        return None
+        wheel = project_root() / "wheels" / asset.wheel
+        return wheel if wheel.is_file() else None
     if not Path(folder).is_dir():
         raise WorkshopError(f"FIQA_WHEELS names {folder}, which is not a folder: correct it or unset it.")
     wheel = Path(folder) / asset.wheel
