@@ -1,0 +1,70 @@
+"""The page about your own data: its file is well formed, and its commands do what it says."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fiqa_helpers import data
+from fiqa_helpers.row_files import clean_rows, read_rows
+
+PROJECT = Path(__file__).resolve().parent.parent
+PAGE = PROJECT / "docs" / "your_own_data.md"
+EXAMPLE = PROJECT / "docs" / "examples" / "harbour_lantern.csv"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """The page's shell commands in their order, run by this Python."""
+    lines = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
+    assert all(words[0] == "python" for words in lines)
+    return [[sys.executable, *words[1:]] for words in lines]
+
+
+def test_the_example_needs_no_repair():
+    """A first file that the code has to repair would teach people to expect trouble."""
+    repairs = Counter()
+    rows = list(clean_rows(read_rows(EXAMPLE), EXAMPLE.name, repairs))
+    assert len(rows) == 40 and not repairs
+    splits, report = data.load_with_report(str(EXAMPLE))
+    assert report.rows == {"train": 32, "validation": 4, "test": 4}
+    assert all(row["ground_truths"][0].endswith("Ask at any lantern desk.") for row in splits["train"])
+
+
+def test_the_page_quotes_its_file():
+    """The lines shown are the file's own."""
+    (shown,) = blocks("csv")
+    head, first = shown.splitlines()
+    text = EXAMPLE.read_text("utf-8")
+    assert text.startswith(head + "\n" + first.removesuffix(' ..."'))
+
+
+@pytest.mark.slow
+@pytest.mark.notebooks
+@pytest.mark.timeout(3000)
+def test_the_page_works_from_file_to_adapter(tmp_path):
+    """Every command of the page in its order, on the real small model, from an empty folder."""
+    for name in ("fiqa_helpers", "notebooks", "docs", "pyproject.toml", "constraints.txt"):
+        source = PROJECT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    (script,) = blocks("python")
+    (tmp_path / "use_adapter.py").write_text(script, encoding="utf-8")
+    said = []
+    for command in commands():
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr[-3000:]}"
+        said.append(done.stdout)
+    print(*said, sep="\n")
+    losses = re.search(r"validation loss ([\d.]+) -> ([\d.]+)", said[1])
+    assert float(losses[2]) < float(losses[1]) - 0.3, "forty rows in one voice are learned quickly"
+    assert "lantern" in said[3].lower(), "the tuned model has taken over the voice of the rows"
+    compared = (tmp_path / "mine" / "outputs" / "compare.html").read_text("utf-8")
+    assert "lora_rank" in compared and compared.count("<svg") == 1
