@@ -74,8 +74,8 @@ def parser() -> argparse.ArgumentParser:
     ask = command(
         "ask",
         "answers of the untuned and the tuned model side by side, as in notebook 05",
-        "It needs an adapter: run `train` first, with the same profile and overrides. Without one, a precomputed "
-        "adapter answers where model, data and prompt are its own, and says so.",
+        "It needs an adapter: run `train` first, with the same profile and overrides. Without one, a "
+        "precomputed adapter answers where model, data and prompt are its own, and says so.",
     )
     ask.add_argument("questions", nargs="+", metavar="QUESTION", help="in quotation marks, one or more")
     ask.add_argument(
