@@ -74,7 +74,10 @@ def stage(project: Path, executed: Path, source: Path) -> None:
         nbformat.write(prepared(path, executed / path.name), target)
     for folder in ("fiqa_helpers", "scripts", "tests"):  # what pages link to; only that gets into the book
         shutil.copytree(project / folder, source / folder, ignore=shutil.ignore_patterns("*.md", "*.ipynb"))
-    (source / "README.md").rename(source / "index.md")
+    kept = Path("notebooks", "precomputed")
+    shutil.copytree(project / kept, source / kept, ignore=shutil.ignore_patterns("adapter"))
+    for folder in (source, source / kept):
+        (folder / "README.md").rename(folder / "index.md")
     for page in (*source.rglob("*.md"), *source.rglob("*.ipynb")):
         text = page.read_text(encoding="utf-8")
         page.write_text(text.replace("README.md)", "index.md)"), encoding="utf-8")

@@ -7,8 +7,10 @@ to bf16, which halves its file; pictures get a palette. `--page` writes only the
 """
 
 import argparse
+import html
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterable
@@ -132,8 +134,9 @@ def line(cells: Iterable[str]) -> str:
 
 
 def cell(text: str) -> str:
-    """Generated text as the inert content of a Markdown table's cell."""
-    return " ".join(show.escape(text).split()).replace("|", "&#124;").replace("`", "&#96;") or "*(nothing)*"
+    """Generated text as the inert content of a Markdown table's cell: no tags, no marks, no formulas."""
+    inert = html.escape(" ".join(show.printable(text).split()), quote=False)
+    return re.sub(r"[\\$|*_`~\[\]]", lambda sign: f"&#{ord(sign[0])};", inert) or "(nothing)"
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_the_example_needs_no_repair():
 
 def test_the_page_quotes_its_file():
     """The lines shown are the file's own."""
-    (shown,) = blocks("csv")
+    (shown,) = blocks("text")
     head, first = shown.splitlines()
     text = EXAMPLE.read_text("utf-8")
     assert text.startswith(head + "\n" + first.removesuffix(' ..."'))
