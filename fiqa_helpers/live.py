@@ -9,9 +9,12 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.notebook import is_interactive
 from fiqa_helpers.panel_guard import (
     as_sample,
     memory_gib,
+    memory_of,
     remove_progress_callbacks,
     save_picture,
     undisturbed,
@@ -20,7 +23,7 @@ from fiqa_helpers.panel_guard import (
 from fiqa_helpers.panel_output import HeadlessOutput, JupyterOutput
 from fiqa_helpers.panel_picture import draw_png
 from fiqa_helpers.panel_record import LOGGED, PanelRecord
-from fiqa_helpers.panel_view import View, describe, draw_html
+from fiqa_helpers.panel_view import View, describe
 
 __all__ = ["LivePanel", "StopTraining", "remove_progress_callbacks"]
 
@@ -61,10 +64,6 @@ class LivePanel(TrainerCallback, PanelRecord):
         png: Path | None = None,
         live: bool | None = None,
     ):
-        if live is None:
-            from fiqa_helpers.notebook import is_interactive
-
-            live = is_interactive()
         super().__init__()
         self.questions, self.answer, self.sample_steps = list(questions), answer, sample_steps
         self.title, self.png = title, png
@@ -72,16 +71,17 @@ class LivePanel(TrainerCallback, PanelRecord):
         self.stopped: str | None = None  # "Stop button" or "interrupted"
         self.failed: str | None = None  # the exception's name
         self.note, self.phase = "", "starting"
-        self.drawing_seconds = self.picture_seconds = 0.0  # of drawing while it runs, and of the last picture
-        self._loop = self._step_began = time.perf_counter()
-        self._step_seconds: float | None = None
-        self._next_drawing = 0.0
-        self._hook = None
-        self._output = JupyterOutput() if live else HeadlessOutput()
+        self.drawing_seconds = self.picture_seconds = 0.0  # while it runs, and for the last picture
+        self._loop = time.perf_counter()
+        self._step_began = self._step_seconds = None
+        self._next_drawing, self._hook = 0.0, None
+        self._output = JupyterOutput() if (is_interactive() if live is None else live) else HeadlessOutput()
 
     def __enter__(self) -> "LivePanel":
-        self.opened, self.closed = time.perf_counter(), None
-        self._output.open(draw_html(self.view()))
+        if self.closed is not None:  # the model in memory is no longer untuned, and the curve would be two
+            raise WorkshopError("This cell has trained already: restart the kernel and run all cells.")
+        self.opened = time.perf_counter()
+        self._output.open(self.view())
         return self
 
     def __exit__(self, kind, error, traceback) -> bool:
@@ -139,7 +139,7 @@ class LivePanel(TrainerCallback, PanelRecord):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.step = state.global_step
-        self._step_seconds = time.perf_counter() - self._step_began
+        self._step_seconds, self._step_began = time.perf_counter() - self._step_began, None
         self.note_down(self.step, memory_gib=memory_gib())
         due = self.sample_steps > 0 and (self.step % self.sample_steps == 0 or self.step >= self.total)
         if (due or self._output.sample_now.is_set()) and not self._output.stop.is_set():
@@ -214,6 +214,7 @@ class LivePanel(TrainerCallback, PanelRecord):
         """What there is to draw now."""
         done = self.step - self.resumed_at
         each = (time.perf_counter() - self._loop) / done if done else None
+        within = self.phase == TRAINING and self._step_began is not None
         stopping = self._output.stop.is_set() and self.closed is None
         return View(
             title=self.title,
@@ -226,6 +227,8 @@ class LivePanel(TrainerCallback, PanelRecord):
             elapsed=self.seconds,
             left=each * (self.total - self.step) if each else None,
             step_seconds=self._step_seconds if self.phase == TRAINING else None,
+            step_elapsed=time.perf_counter() - self._step_began if within else 0.0,
+            memory_of=memory_of(),
             history=self.history,
             questions=self.questions,
             untuned=next((sample for sample in self.samples if sample["step"] == 0), None),

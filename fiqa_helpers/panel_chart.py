@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from fiqa_helpers.panel_view import View
 
 BLUE, ORANGE = "#2f7fc4", "#cf6a16"  # 3:1 or better on white and on JupyterLab's dark grey
-WIDTH, HEIGHT = 884, 236  # of the SVG, in its own units
+LOSS_WIDTH, RATE_WIDTH, HEIGHT = 560, 284, 212  # of the two charts, in SVG units
+GUTTER, TOP, PLOT = 46, 10, 168  # room for the labels, the plot's upper edge and its height
 KEEP = 240  # points of a curve that are drawn at most
 
 
@@ -57,36 +58,32 @@ def thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 class Axes:
     """A chart's frame in the SVG: grid, tick labels and the way from data to coordinates."""
 
-    def __init__(
-        self, box: tuple[int, int, int, int], total: int, values: Sequence[float], zero: bool = False
-    ):
-        self.left, self.y, self.w, self.h = box
-        self.x = self.left + 46  # room for the labels
-        self.w -= 46
+    def __init__(self, width: int, total: int, values: Sequence[float], zero: bool = False):
+        self.width, self.w = width, width - GUTTER - 9  # half of the last label
         self.total = max(total, 1)
         low, self.high = limits(values)
         self.low = 0.0 if zero else low
 
     def at(self, step: float, value: float) -> tuple[float, float]:
         share = (value - self.low) / (self.high - self.low)
-        return self.x + step / self.total * self.w, self.y + self.h * (1 - share)
+        return GUTTER + step / self.total * self.w, TOP + PLOT * (1 - share)
 
-    def frame(self, title: str) -> str:
-        parts = [f'<text x="{self.left}" y="{self.y - 14}" class="t">{title}</text>']
-        values = ticks(self.low, self.high)
+    def draw(self, curves: str) -> str:
+        """The chart with `curves` in its frame."""
+        parts, values = [], ticks(self.low, self.high)
         digits = max((len(f"{value:.4g}".partition(".")[2]) for value in values), default=0)
         for value in values:
             _, y = self.at(0, value)
-            parts.append(f'<path class="g" d="M{self.x} {y:.1f}h{self.w}"/>')
-            parts.append(f'<text x="{self.x - 7}" y="{y + 4:.1f}" class="n e">{value:.{digits}f}</text>')
+            parts.append(f'<path class="g" d="M{GUTTER} {y:.1f}h{self.w}"/>')
+            parts.append(f'<text x="{GUTTER - 7}" y="{y + 4:.1f}" class="n e">{value:.{digits}f}</text>')
         for step in ticks(0, self.total, 6):
             if step == int(step):
                 x, _ = self.at(step, self.low)
-                parts.append(f'<text x="{x:.1f}" y="{self.y + self.h + 17}" class="n m">{int(step)}</text>')
-        parts.append(f'<path class="a" d="M{self.x} {self.y + self.h}h{self.w}"/>')
-        middle, below = self.x + self.w / 2, self.y + self.h + 32
-        parts.append(f'<text x="{middle:.0f}" y="{below}" class="n m">optimizer step</text>')
-        return "".join(parts)
+                parts.append(f'<text x="{x:.1f}" y="{TOP + PLOT + 17}" class="n m">{int(step)}</text>')
+        parts.append(f'<path class="a" d="M{GUTTER} {TOP + PLOT}h{self.w}"/>')
+        middle = GUTTER + self.w / 2
+        parts.append(f'<text x="{middle:.0f}" y="{TOP + PLOT + 33}" class="n m below">optimizer step</text>')
+        return f'<svg viewBox="0 0 {self.width} {HEIGHT}">{"".join(parts)}{curves}</svg>'
 
     def line(self, points: Sequence[tuple[int, float]], style: str) -> str:
         """A polyline, broken where a value is no number."""
@@ -107,24 +104,24 @@ class Axes:
     def crosses(self, points: Sequence[tuple[int, float]]) -> str:
         """A cross at the upper edge for each value that is no number."""
         spots = [self.at(step, self.high)[0] for step, value in points if not math.isfinite(value)][:KEEP]
-        return "".join(f'<path class="x" d="M{x - 4:.1f} {self.y - 4}l8 8m0 -8l-8 8"/>' for x in spots)
+        return "".join(f'<path class="x" d="M{x - 4:.1f} {TOP - 4}l8 8m0 -8l-8 8"/>' for x in spots)
 
 
 CIRCLE = "m-2.6 0a2.6 2.6 0 1 0 5.2 0a2.6 2.6 0 1 0 -5.2 0"
 DIAMOND = "m0 -5l5 5l-5 5l-5 -5z"
+LEGEND = (
+    f'<svg viewBox="0 0 12 12" width="12" height="12"><path class="o" d="M6 6{CIRCLE}"/></svg>training'
+    '<svg viewBox="0 0 24 12" width="24" height="12"><path class="s" d="M0 6h24"/></svg>smoothed'
+    '<svg viewBox="0 0 28 12" width="28" height="12"><path class="v" d="M0 6h28"/>'
+    f'<path class="d" d="M14 6{DIAMOND}"/></svg>validation'
+)
 
 
-def draw_svg(view: "View", summary: str) -> str:
-    """Losses on the left, learning rate on the right; `summary` is what a screen reader says instead."""
+def draw_charts(view: "View", summary: str) -> str:
+    """Losses and learning rate side by side; `summary` is what a screen reader says instead."""
     loss, validation, rate = (view.points(name) for name in ("loss", "eval_loss", "learning_rate"))
-    left = Axes((0, 34, 560, 168), view.total, [value for _, value in loss + validation])
-    right = Axes((600, 34, 284, 168), view.total, [value for _, value in rate], zero=True)
-    legend = (
-        f'<path class="o" d="M304 16{CIRCLE}"/><text x="312" y="20" class="n">training</text>'
-        '<path class="s" d="M372 16h24"/><text x="401" y="20" class="n">smoothed</text>'
-        f'<path class="v" d="M467 16h28"/><path class="d" d="M481 16{DIAMOND}"/>'
-        '<text x="501" y="20" class="n">validation</text>'
-    )
+    left = Axes(LOSS_WIDTH, view.total, [value for _, value in loss + validation])
+    right = Axes(RATE_WIDTH, view.total, [value for _, value in rate], zero=True)
     curves = (
         left.marks(loss, "o", CIRCLE)
         + left.line(smooth(loss, view.total), "s")
@@ -133,7 +130,8 @@ def draw_svg(view: "View", summary: str) -> str:
         + left.crosses(loss + validation)
     )
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(summary)}">'
-        f"{left.frame('Loss, nats per answer token')}{legend}{curves}"
-        f"{right.frame('Learning rate')}{right.line(rate, 'r')}</svg>"
+        f'<div class=charts role=img aria-label="{html.escape(summary)}">'
+        f"<div><header><b>Loss, nats per answer token</b><span class=key>{LEGEND}</span></header>"
+        f"{left.draw(curves)}</div>"
+        f"<div><header><b>Learning rate</b></header>{right.draw(right.line(rate, 'r'))}</div></div>"
     )

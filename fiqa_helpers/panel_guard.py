@@ -75,3 +75,10 @@ def memory_gib() -> float:
     import psutil
 
     return psutil.Process().memory_info().rss / 2**30
+
+
+def memory_of() -> str:
+    """What `memory_gib` measures, in words."""
+    import torch
+
+    return "GPU memory, reserved" if torch.cuda.is_available() else "Memory, this process"

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 
-from fiqa_helpers.panel_view import View, draw_html, draw_line
+from fiqa_helpers.panel_view import STYLE, View, draw_answers, draw_figures, draw_line, draw_title
 
 LINE_EVERY = 10.0  # seconds between two lines of progress
 
@@ -43,7 +43,7 @@ class HeadlessOutput:
         self.stop, self.stop_now, self.sample_now = threading.Event(), threading.Event(), threading.Event()
         self._last = 0.0
 
-    def open(self, fragment: str) -> None:
+    def open(self, view: View) -> None:
         """Nothing to show yet."""
 
     def wants(self, now: float) -> bool:
@@ -67,58 +67,60 @@ class HeadlessOutput:
 
 
 class JupyterOutput(HeadlessOutput):
-    """A person is there: a bar with two buttons, and the panel below it, redrawn in place."""
+    """A person is there: the panel as one widget, of which only what has changed is sent to the page."""
 
-    def open(self, fragment: str) -> None:
-        import ipywidgets
-        from IPython.display import HTML, display
+    def open(self, view: View) -> None:
+        from IPython.display import display
+        from ipywidgets import HTML, Button, HBox, VBox
 
-        self._stop = ipywidgets.Button(
+        self._stop = Button(
             description="Stop",
             icon="stop",
             button_style="danger",
             tooltip="End after this step and keep what was learned",
         )
-        self._sample = ipywidgets.Button(
+        self._sample = Button(
             description="Sample now", icon="comment", tooltip="Ask the three questions after this step"
         )
         self._stop.on_click(self._press_stop)
         self._sample.on_click(self._press_sample)
-        self._bar = ipywidgets.HBox([self._stop, self._sample])
-        self._top = display(self._bar, display_id=True)
+        head = HBox([HTML(draw_title(view)), self._stop, self._sample])
+        head.layout.flex_flow = "row wrap"
+        head.add_class("fiqa-head")
+        self._figures, self._answers = HTML(), HTML()
+        style = HTML(f"<style>{STYLE}</style>", layout={"display": "none"})
+        self._box = VBox([style, head, self._figures, self._answers])
+        self._box.add_class("fiqa-panel")
+        self.show(view)
+        self._top = display(self._box, display_id=True)
         for button in (self._stop, self._sample):
             answer_clicks_while_busy(button)
-        self._view = display(HTML(fragment), display_id=True)
 
     def wants(self, now: float) -> bool:
         return True
 
     def show(self, view: View) -> None:
-        from IPython.display import HTML
-
-        self._view.update(HTML(draw_html(view)))
-        if not self.sample_now.is_set() and self._sample.disabled:
-            self._sample.disabled = False
-            self._sample.description = "Sample now"
+        self._figures.value, self._answers.value = draw_figures(view), draw_answers(view)
+        # The buttons stay enabled: one that is disabled drops the keyboard's place on the page.
+        self._sample.description = "Sampling soon" if self.sample_now.is_set() else "Sample now"
 
     def close(self, png: bytes, summary: str) -> None:
+        from IPython.display import display
+
         data, metadata = picture(png, summary)
         # JupyterLab gives a PNG no alternative text, an <img> keeps its own
         data["text/html"] = (
             f'<img alt="{html.escape(summary)}" style="max-width:100%" '
             f'width="{metadata["image/png"]["width"]}" src="data:image/png;base64,{data["image/png"]}">'
         )
+        # first the picture, then the text for the panel: the page is never shorter, and so doesn't scroll
+        display(data, metadata=metadata, raw=True)
         self._top.update({"text/plain": summary}, raw=True)
-        self._view.update(data, metadata=metadata, raw=True)
-        for widget in (self._stop, self._sample, self._bar):
-            for part in (widget, widget.layout, getattr(widget, "style", None)):
-                if part is not None:
-                    part.close()
+        _close(self._box)
 
     def _press_stop(self, _) -> None:
         if self.stop.is_set():
             self.stop_now.set()
-            self._stop.disabled = True
             self._stop.description = "Stopping ..."
             return
         self.stop.set()
@@ -127,8 +129,15 @@ class JupyterOutput(HeadlessOutput):
 
     def _press_sample(self, _) -> None:
         self.sample_now.set()
-        self._sample.disabled = True
         self._sample.description = "Sampling soon"
+
+
+def _close(widget) -> None:
+    """Take a widget, its parts and their state out of the notebook."""
+    for part in (*getattr(widget, "children", ()), widget.layout, getattr(widget, "style", None)):
+        if part is not None:
+            _close(part) if hasattr(part, "layout") else part.close()
+    widget.close()
 
 
 def picture(png: bytes, summary: str) -> tuple[dict, dict]:

@@ -10,6 +10,7 @@ import warnings
 
 from fiqa_helpers.panel_chart import BLUE, ORANGE, smooth
 from fiqa_helpers.panel_view import View
+from fiqa_helpers.show import printable
 
 INK, SOFT, LINE = "#1f2328", "#59636e", "#d0d7de"
 SHARPNESS = (
@@ -28,7 +29,7 @@ def draw_png(view: View, headline: str) -> bytes:
         warnings.filterwarnings("ignore", message="Glyph")  # a sign that the font lacks is drawn as a box
         figure = Figure(figsize=(9.2, 3.3 + 1.02 * rows), facecolor="white", layout="constrained")
         figure.suptitle(
-            headline, x=0.012, ha="left", fontsize=11, fontweight="bold", color=INK, parse_math=False
+            headline, x=0.004, ha="left", fontsize=11, fontweight="bold", color=INK, parse_math=False
         )
         upper, lower = figure.subfigures(2, height_ratios=(3.0, max(1.02 * rows, 0.01)))
         _charts(upper, view)
@@ -90,7 +91,7 @@ def _samples(figure, view: View) -> None:
 
 def _text(axes, x: float, row: int, text: str, width: int, end: str, weight: str = "normal") -> None:
     """Five lines of text at most, and a line that says how it ended."""
-    lines = textwrap.wrap(" ".join(text.split()), width)
+    lines = textwrap.wrap(printable(" ".join(text.split())), width)
     if len(lines) > 5:
         lines = [*lines[:4], lines[4][: width - 1] + " …"]
     axes.text(x, row + 0.07, "\n".join([*lines, end]), fontsize=7.8, color=INK, va="top", fontweight=weight,

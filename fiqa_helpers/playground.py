@@ -3,7 +3,6 @@
 Widgets leave state in a saved notebook, so it is for people only: build it when `notebook.is_interactive()`.
 """
 
-import html
 import threading
 import time
 from contextlib import nullcontext
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fiqa_helpers.errors import WorkshopError
 from fiqa_helpers.panel_output import answer_clicks_while_busy
+from fiqa_helpers.show import escape
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fiqa_helpers.profiles import Profile
 
 EVERY = 0.1  # seconds between two redraws while tokens arrive
+WRITING = "writing ..."
 EXAMPLE = "Should I pay off my mortgage early or invest the extra money?"
 
 
@@ -60,16 +61,19 @@ class Playground:
             profile.max_new_tokens, min=8, max=longest, step=8, description="Longest, tokens", **wide
         )
         self.ask = ipywidgets.Button(description="Answer", icon="play", button_style="primary")
-        self.stop = ipywidgets.Button(description="Stop", icon="stop", disabled=True)
+        self.stop = ipywidgets.Button(description="Stop", icon="stop")
         self.status = ipywidgets.HTML()
-        self.answers = [ipywidgets.HTML(layout={"width": "50%"}) for _ in range(2)]
+        self.answers = [ipywidgets.HTML(layout={"flex": "1 1 300px", "width": "auto"}) for _ in range(2)]
         controls = ipywidgets.HBox([self.temperature, self.length, self.ask, self.stop])
-        controls.layout.flex_flow = "row wrap"
+        columns = ipywidgets.HBox(self.answers)
+        for line in (controls, columns):  # half a window or a phone: below one another
+            line.layout.flex_flow = "row wrap"
         self.box = ipywidgets.VBox(
-            [self.question, controls, self.status, ipywidgets.HBox(self.answers)], layout={"width": "920px"}
+            [self.question, controls, self.status, columns],
+            layout={"width": "100%", "max_width": "920px"},
         )
         self.ask.on_click(lambda _: self.start())
-        self.stop.on_click(lambda _: self._cancel.set())
+        self.stop.on_click(lambda _: self.halt())
         for widget in (self.question, self.temperature, self.length, self.ask, self.stop):
             answer_clicks_while_busy(widget)
         self._say("0 is greedy decoding: the same question gives the same answer.")
@@ -78,17 +82,30 @@ class Playground:
 
     def start(self) -> None:
         """Begin to answer in a thread of its own, so that the page and the kernel stay free."""
+        # The buttons stay enabled and say why nothing happens: a button that is disabled drops the keyboard.
         question = self.question.value.strip()
-        if self.worker is not None and self.worker.is_alive():
+        if self.busy:
+            self._say("Still writing: wait, or press Stop.")
             return
         if not question:
             self._say("Type a question first.")
             return
         self._cancel.clear()
-        self.ask.disabled, self.stop.disabled = True, False
         values = (question, self.temperature.value, self.length.value)
         self.worker = threading.Thread(target=self._work, args=values, name="playground", daemon=True)
         self.worker.start()
+
+    def halt(self) -> None:
+        """End both answers after the token at hand."""
+        if self.busy:
+            self._cancel.set()
+        else:
+            self._say("Nothing to stop: no answer is being written.")
+
+    @property
+    def busy(self) -> bool:
+        """Whether answers are being written."""
+        return self.worker is not None and self.worker.is_alive()
 
     def _work(self, question: str, temperature: float, length: int) -> None:
         began = time.perf_counter()
@@ -102,8 +119,6 @@ class Playground:
             self._say(f"{ending} after {time.perf_counter() - began:.1f} s.")
         except Exception as error:  # a thread's error would otherwise be seen by nobody
             self._say(f"It failed: {type(error).__name__}: {error}")
-        finally:
-            self.ask.disabled, self.stop.disabled = False, True
 
     def _answer(self, column: int, question: str, temperature: float, length: int) -> None:
         from fiqa_helpers.generation import generate_answers
@@ -146,21 +161,23 @@ class Playground:
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
                 so_far.append(text)
                 if time.perf_counter() - drawn[0] >= EVERY:
-                    playground._write(column, "".join(so_far).strip(), "writing ...")
+                    playground._write(column, "".join(so_far).strip(), WRITING)
                     drawn[0] = time.perf_counter()
 
         return Column(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def _say(self, text: str) -> None:
-        self.status.value = f'<span role="status">{html.escape(text)}</span>'
+        self.status.value = f'<span role="status">{escape(text)}</span>'
 
     def _write(self, column: int, text: str, end: str) -> None:
         name = ("Base model", "Tuned model")[column]
         off = "" if text else " disabled"
+        kind = "grows" if end == WRITING else "whole"
         self.answers[column].value = (
             f'<style>{STYLE}</style><section class="fiqa-answer" aria-label="{name}"><header><b>{name}</b>'
-            f'<small>{html.escape(end)}</small><button{off} onclick="{COPY}" aria-label="Copy the answer of '
-            f'the {name.lower()}">Copy</button></header><p tabindex="0">{html.escape(text)}</p></section>'
+            f'<small>{escape(end)}</small><button{off} onclick="{COPY}" aria-label="Copy the answer of '
+            f'the {name.lower()}">Copy</button></header>'
+            f'<div class="{kind}" tabindex="0"><p>{escape(text)}</p></div></section>'
         )
 
 
@@ -176,7 +193,10 @@ STYLE = """
 border-radius:8px;color:var(--jp-ui-font-color1,#1f2328);font-size:13px;line-height:1.45}
 .fiqa-answer header{display:flex;align-items:center;gap:10px}
 .fiqa-answer small{flex:1;color:var(--jp-ui-font-color2,#59636e)}
-.fiqa-answer p{height:190px;margin:6px 0 0;overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere}
+.fiqa-answer div{height:190px;margin:6px 0 0;overflow:auto}
+.fiqa-answer .grows{display:flex;flex-direction:column-reverse}
+.fiqa-answer .grows p{margin:0 0 auto}
+.fiqa-answer p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
 .fiqa-answer button{font-size:12px;color:inherit;background:var(--jp-layout-color2,#f6f8fa);cursor:pointer;
 border:1px solid var(--jp-border-color2,#d0d7de);border-radius:4px;padding:1px 10px}
 .fiqa-answer button:disabled{opacity:.5;cursor:default}

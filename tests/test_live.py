@@ -16,11 +16,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from panel_training import QUESTIONS, Answer, make_model, make_trainer, sampler
 
+from fiqa_helpers.errors import WorkshopError
 from fiqa_helpers.panel_chart import limits, smooth, ticks
 from fiqa_helpers.panel_picture import draw_png
-from fiqa_helpers.panel_view import View, clock, describe, draw_html, draw_line
+from fiqa_helpers.panel_view import (
+    STYLE,
+    View,
+    clock,
+    describe,
+    draw_answers,
+    draw_figures,
+    draw_line,
+    draw_title,
+)
+from fiqa_helpers.show import printable
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" & $x_1$ 'single' </p></div>"
+
+
+def draw_html(view: View) -> str:
+    """The panel's three pieces as one page."""
+    return draw_title(view) + draw_figures(view) + draw_answers(view)
 
 
 def run_with_panel(folder, steps=8, resume=None, answer=None, before=None, **options):
@@ -363,6 +379,17 @@ def test_other_errors_are_not_swallowed(tmp_path):
         run_with_panel(tmp_path, 8, before=lambda panel, trainer: trainer.add_callback(At(2, crash)))
 
 
+def test_the_training_cell_alone_is_not_run_twice(tmp_path):
+    """Run again after Stop, it would train the tuned model from step 0 and call its answers untuned."""
+    panel, trainer, model = run_with_panel(
+        tmp_path, 8, before=lambda panel, trainer: trainer.add_callback(At(2, panel.request_stop))
+    )
+    before = adapter(model)
+    with pytest.raises(WorkshopError, match="restart the kernel"), panel:
+        trainer.train()
+    assert same(adapter(model), before) and panel.outcome == "stopped at step 3 of 8 (Stop button)"
+
+
 def test_a_finished_run_is_shown_without_training(tmp_path):
     """Run All after a finished run must show that run, and say that nothing was trained."""
     first, _, _ = run_with_panel(tmp_path, 8)
@@ -419,16 +446,27 @@ def test_text_from_outside_is_escaped_everywhere():
                                                                      untuned=None, latest=None)))  # fmt: skip
     assert "script" not in page.tags and "img" not in page.tags and "onerror" not in page.attributes
     assert set(page.tags) <= set(plain.tags) | {"small"}
-    assert sum(HOSTILE in text for text in page.texts) == 3 + 6 + 2
+    assert "".join(page.texts).count(HOSTILE) == 3 + 6 + 2
+
+
+def test_dollars_are_no_formula_and_control_characters_no_commands():
+    """JupyterLab typesets "$80 to $95" as mathematics and colours text by its terminal escapes."""
+    answer = {"step": 1, "texts": ["from $80 to $95 \x1b[31mred"], "stopped": [True]}
+    view = example(questions=["q"], untuned=None, latest=answer, title="t", note="failed:\n\x1b[31mred")
+    page = draw_html(view)
+    assert "$80 to $" not in page and "from $80 to $95" in "".join(Page(page).texts)
+    for shown in (page, describe(view), draw_line(example(phase="\x1b[31mred\n"))):
+        assert "\x1b" not in shown
+    assert "\n" not in describe(view)
 
 
 @settings(max_examples=60)
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\r\x00"), min_size=1, max_size=80))
 def test_any_text_comes_back_as_it_was(text):
-    """Escaping could lose or double signs."""
+    """Escaping could lose or double signs; only control characters may change, to a visible sign."""
     sample = {"step": 1, "texts": [text], "stopped": [True]}
     page = Page(draw_html(example(questions=["q"], untuned=None, latest=sample, title="t", note="")))
-    assert text in "".join(page.texts)
+    assert printable(text) in "".join(page.texts)
 
 
 def test_a_broken_loss_is_drawn_as_such():
@@ -447,7 +485,7 @@ def test_a_broken_loss_is_drawn_as_such():
 
 def test_curves_differ_without_colour():
     """Readers who see no colours, and grey prints, need markers and dashes."""
-    page = draw_html(example())
+    page = STYLE + draw_html(example())
     assert re.search(r"\.v\{[^}]*stroke-dasharray", page) and not re.search(r"\.s\{[^}]*dasharray", page)
     assert (
         page.count('class="o"') == 7 + 1 and page.count('class="d"') == 1 + 1
@@ -457,7 +495,7 @@ def test_curves_differ_without_colour():
 def test_the_panel_has_a_text_alternative():
     """A screen reader would find an unnamed picture."""
     page = draw_html(example(title="Small"))
-    assert 'role="img" aria-label="Small: training, step 7 of 12' in page
+    assert 'role=img aria-label="Small: training, step 7 of 12' in page
     assert "training loss 3.370 -&gt; 3.190; validation loss 3.370 -&gt; 3.370" in page
 
 

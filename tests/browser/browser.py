@@ -186,11 +186,11 @@ class Notebook:
         """Scroll to the first element that fits, as a reader would."""
         self.page.evaluate("s => document.querySelector(s)?.scrollIntoView({block: 'center'})", selector)
 
-    def shot(self, name: str, of: str | None = None) -> Path:
-        """A screenshot in outputs/screenshots, of the place in the page where `of` is found."""
+    def shot(self, name: str, of: str | None = None, only: str | None = None) -> Path:
+        """A screenshot in outputs/screenshots: the page where `of` is found, or the element `only` alone."""
         if of is not None:
             self.show(of)
         SHOTS.mkdir(parents=True, exist_ok=True)
         path = SHOTS / f"{name}.png"
-        self.page.screenshot(path=path)
+        (self.page if only is None else self.page.locator(only)).screenshot(path=path)
         return path

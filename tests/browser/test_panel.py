@@ -1,4 +1,7 @@
-"""The live panel in a real browser, over a small real training run with steps of a known length."""
+"""The live panel in a real browser, over a small real training run with steps of a known length.
+
+The first test is the browser's part of `make test`; the others, and the real notebooks, are slow.
+"""
 
 import re
 import time
@@ -14,13 +17,13 @@ import sys; sys.path.insert(0, {tests!r})
 import panel_training as t
 from fiqa_helpers.live import LivePanel
 model = t.make_model()
-panel = LivePanel(t.QUESTIONS, t.sampler(model), sample_steps=4, title="A small model", png={png!r})
+panel = LivePanel(t.QUESTIONS, t.sampler(model), sample_steps={sample_steps}, title="Small", png={png!r})
 trainer = t.make_trainer({run!r}, [panel], model=model, steps={steps}, seconds={seconds}, eval_on_start=True)
 print("made")
 """
 
 
-def write_notebook(folder: Path, name: str, steps: int, seconds: float) -> Path:
+def write_notebook(folder: Path, name: str, steps: int, seconds: float, sample_steps: int = 4) -> Path:
     """A notebook like 04 in small: cells `make`, `train` and `after`."""
     tests = str(Path(__file__).resolve().parents[1])
     run = folder / name
@@ -30,6 +33,7 @@ def write_notebook(folder: Path, name: str, steps: int, seconds: float) -> Path:
         "run": str(run),
         "steps": steps,
         "seconds": seconds,
+        "sample_steps": sample_steps,
     }
     sources = {
         "make": TRAIN.format(**values).strip(),
@@ -47,8 +51,8 @@ def write_notebook(folder: Path, name: str, steps: int, seconds: float) -> Path:
 def start(served, lab, page):
     """start(name, steps, seconds): the notebook open, Run All pressed, the panel on the page."""
 
-    def start(name: str, steps: int, seconds: float) -> Notebook:
-        write_notebook(served, name, steps, seconds)
+    def start(name: str, steps: int, seconds: float, **more) -> Notebook:
+        write_notebook(served, name, steps, seconds, **more)
         notebook = Notebook(page, *lab, f"{name}.ipynb")
         notebook.run_all()
         page.wait_for_selector(".fiqa-panel svg", timeout=120_000)
@@ -84,6 +88,7 @@ def test_the_panel_redraws_in_place_and_leaves_one_picture(start, served, page):
     notebook.shot("panel-small-finished")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["Stop button", "interrupted"])
 def test_training_ends_within_one_step(start, page, how):
     """ipykernel 7.4 sends clicks to the busy thread, an interrupt leaves a traceback: neither may be."""
@@ -102,6 +107,7 @@ def test_training_ends_within_one_step(start, page, how):
     notebook.shot(f"panel-small-{how.split()[0].lower()}")
 
 
+@pytest.mark.slow
 def test_sample_now_is_answered_after_the_step(start, page):
     """The second button could be dead, or be heard only at the next regular sample."""
     notebook = start("sample", steps=100, seconds=1.0)
@@ -114,16 +120,55 @@ def test_sample_now_is_answered_after_the_step(start, page):
     assert notebook.errors() == []
 
 
-def test_generated_text_is_not_rendered(start, page):
-    """A question or an answer with HTML in it could become markup in the reader's page."""
-    notebook = start("escaped", steps=40, seconds=0.3)
+@pytest.mark.slow
+def test_an_answer_that_is_read_is_left_alone(start, page):
+    """Each new drawing could scroll an answer back, lose the marked text, or throw the keyboard out."""
+    notebook = start("read", steps=100, seconds=0.3, sample_steps=50)
+    page.wait_for_selector(".fiqa-panel .samples small", timeout=60_000)
+    page.evaluate(WATCH)
+    page.evaluate("""() => {
+      window.read = document.querySelectorAll('.fiqa-panel .samples p[tabindex]')[1];
+      read.focus(); getSelection().selectAllChildren(read);
+    }""")
+    page.wait_for_function("() => window.seen.curves.size >= 4", timeout=60_000)
+    kept = "() => [read.isConnected, document.activeElement === read, getSelection().toString().length > 9]"
+    assert page.evaluate(kept) == [True] * 3
+    stop = page.locator(".jupyter-button", has_text="Stop")
+    stop.press("Enter")  # with the keyboard
+    notebook.wait_until_done(60)
+    assert "stopped at step" in notebook.text("after") and notebook.errors() == []
+
+
+@pytest.mark.slow
+def test_the_panel_in_half_a_window_and_on_a_phone(start, page):
+    """Beside the text of a course, a wide panel would be cut off or need sideways scrolling."""
+    notebook = start("narrow", steps=100, seconds=0.5)
     page.wait_for_selector(".fiqa-panel .samples .h:has-text('at step 4')", timeout=60_000)
-    assert page.locator(".fiqa-panel .samples p b").count() == 0
-    assert "What is a <b>bond</b>?" in page.locator(".fiqa-panel .samples .q").first.inner_text()
+    for name, width in {"half": 760, "phone": 420}.items():
+        page.set_viewport_size({"width": width, "height": 1300})
+        page.wait_for_function(f"() => document.querySelector('.fiqa-panel').clientWidth < {width}")
+        notebook.shot(f"panel-small-{name}", of=".fiqa-panel")
+        assert page.evaluate(OUTSIDE) == []
+        letters = page.evaluate(SMALLEST_LETTERS)
+        print(f"{width} pixels: the smallest letters are {letters:.1f} pixels high")
+        assert letters >= 8.5
     notebook.command("notebook:interrupt-kernel")
     notebook.wait_until_done(30)
 
 
+# What sticks out of the panel, and the height of the smallest letters (an SVG is scaled)
+OUTSIDE = """() => {
+  const panel = document.querySelector('.fiqa-panel'), edge = panel.getBoundingClientRect();
+  const outside = box => box.width > 0 && (box.right > edge.right || box.left < edge.left);
+  return [...panel.querySelectorAll('button, .bar, .when, .tiles div, text, p, .h, small, .key')]
+    .filter(e => outside(e.getBoundingClientRect())).map(e => e.outerHTML.slice(0, 80));
+}"""
+SMALLEST_LETTERS = """() => Math.min(...[...document.querySelectorAll('.fiqa-panel text')]
+  .filter(e => e.getBoundingClientRect().width)
+  .map(e => parseFloat(getComputedStyle(e).fontSize) * e.getScreenCTM().a))"""
+
+
+@pytest.mark.slow
 def test_the_panel_is_readable_in_the_dark_theme(tmp_path, browser):
     """Ink taken from no theme would be black on black."""
     write_notebook(tmp_path, "dark", steps=12, seconds=0.4)

@@ -10,38 +10,21 @@ import shutil
 import time
 from pathlib import Path
 
-import nbformat
 import pytest
 from browser import Notebook
 from panel_watch import SEEN, WATCH, at_step
+from real_notebooks import NAMES, place
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-NAMES = {path.name[:2]: path.name for path in sorted(NOTEBOOKS.glob("0[0-5]_*.ipynb"))}
 SHORT = (
     "{max_steps: 6, batch_size: 4, max_length: 160, train_rows: 32, eval_rows: 4, eval_steps: 2, "
     "sample_steps: 2, max_new_tokens: 16}"
 )
 LONG = SHORT.replace("max_steps: 6", "max_steps: 8")
-COST = "print('cost', panel.drawing_seconds, panel.picture_seconds, panel.seconds)"
+COST = {"cost": "print('cost', panel.drawing_seconds, panel.picture_seconds, panel.seconds)"}
 PANEL = ".fiqa-panel"
 STOPPED = re.compile(r"stopped at step (\d+) of (\d+) \((.*?)\)")
-
-
-def place(folder: Path, workdir: Path, number: str, **parameters) -> str:
-    """Copy a notebook into the served folder, with parameters as papermill injects them; gives its name."""
-    from papermill.iorw import load_notebook_node
-    from papermill.parameterize import parameterize_notebook
-
-    values = {"profile": "laptop", "overrides": SHORT, "workdir": str(workdir), **parameters}
-    source = load_notebook_node(str(NOTEBOOKS / NAMES[number]))
-    notebook = parameterize_notebook(source, values)
-    if number == "04":  # what the panel says it cost, for the test to read
-        notebook.cells.append(nbformat.v4.new_code_cell(COST, id="cost"))
-    name = f"{workdir.name}_{NAMES[number]}"
-    (folder / name).write_text(json.dumps(notebook), encoding="utf-8")
-    return name
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +44,7 @@ def workshop(served, lab, browser):
 
     def run(number: str) -> list[str]:
         page = browser.new_page(viewport={"width": 1360, "height": 1080})
-        notebook = Notebook(page, *lab, place(served, workdir, number))
+        notebook = Notebook(page, *lab, place(served, workdir, number, overrides=SHORT))
         notebook.run_all()
         notebook.wait_until_done(900)
         notebook.shot(f"notebook-{number}", of=".jp-OutputArea-output :is(img, svg, table)")
@@ -79,7 +62,7 @@ def training(served, lab, page, workshop):
     def start(name: str, **parameters) -> tuple[Notebook, Path]:
         workdir = served / f"training-{name}"
         shutil.copytree(workshop("03"), workdir, ignore=shutil.ignore_patterns("checkpoints"))
-        notebook = Notebook(page, *lab, place(served, workdir, "04", **parameters))
+        notebook = Notebook(page, *lab, place(served, workdir, "04", COST, **parameters))
         notebook.run_all()
         page.wait_for_selector(".fiqa-panel svg", timeout=300_000)
         notebook.show(PANEL)
@@ -110,6 +93,8 @@ def test_training_is_watched_in_one_place(training, page, served):
     page.wait_for_selector(".fiqa-panel .samples .h:has-text('at step 5')")
     assert notebook.running
     notebook.shot("training-live", of=PANEL)
+    notebook.shot("training-live-panel", only=PANEL)
+    print("the panel in the picture:", " | ".join(page.locator(PANEL).inner_text().split("\n")))
     notebook.wait_until_done(900)
     seen = page.evaluate(SEEN)
     assert seen["curves"] >= 3 and seen["texts"] >= 3, seen
@@ -185,7 +170,7 @@ def test_run_all_after_a_finished_run_trains_nothing(workshop, served, lab, page
     workdir = workshop("04")
     adapter = workdir / "checkpoints/final_model/adapter_model.safetensors"
     before = adapter.read_bytes(), adapter.stat().st_mtime_ns
-    notebook = Notebook(page, *lab, place(served, workdir, "04"))
+    notebook = Notebook(page, *lab, place(served, workdir, "04", overrides=SHORT))
     notebook.run_all()
     notebook.wait_until_done(300)
     assert notebook.errors() == []
@@ -193,28 +178,57 @@ def test_run_all_after_a_finished_run_trains_nothing(workshop, served, lab, page
     assert (adapter.read_bytes(), adapter.stat().st_mtime_ns) == before
 
 
-def test_the_playground_with_mouse_and_keyboard(workshop, served, lab, page):
+def test_the_playground_with_the_keyboard_alone_and_with_the_mouse(workshop, served, lab, page):
     """The box could be dead, take keys for notebook commands, block the page, or show one answer twice."""
     workdir = workshop("04")
-    notebook = Notebook(page, *lab, place(served, workdir, "05"))
+    notebook = Notebook(page, *lab, place(served, workdir, "05", overrides=SHORT))
     notebook.run_all()
     notebook.wait_until_done(600)
     assert notebook.errors() == []
-    box = page.locator(".widget-textarea textarea")
+    page.locator(".widget-textarea textarea").focus()
     notebook.show(".widget-textarea")
-    box.fill("Is a <b>bond</b> safer than a stock?")
+    page.keyboard.press("Control+a")
+    page.keyboard.type("Is a <b>bond</b> safer than a stock?")
     page.keyboard.press("Tab")
     for _ in range(3):
         page.keyboard.press("ArrowRight")
     assert page.locator(".widget-readout").first.inner_text() == "0.3"
-    for _ in range(8):  # on to the button by the Tab key alone
-        page.keyboard.press("Tab")
-        if page.evaluate("() => document.activeElement.textContent.trim()") == "Answer":
-            break
+    page.evaluate(WATCH_ANSWERS)
+    tab_to(page, "Answer")
     page.keyboard.press("Space")
+    page.locator(".fiqa-answer small:has-text('writing')").first.wait_for(timeout=60_000)
+    assert page.evaluate(FOCUS) == "Answer"  # a person without a mouse is not thrown out
     page.locator(".fiqa-answer small:has-text('tokens,')").nth(1).wait_for(timeout=120_000)
     answers = page.locator(".fiqa-answer p").all_inner_texts()
     assert len(answers) == 2 and all(answers) and answers[0] != answers[1]
-    page.get_by_role("button", name="Copy the answer of the tuned model").click()
+    steps = page.evaluate("() => window.written.map(texts => texts.size)")
+    print("the two answers appeared in", steps, "steps")
+    assert min(steps) >= 4  # "", and at least three pieces
+    tab_to(page, "Copy")
+    tab_to(page, "Copy")
+    page.keyboard.press("Enter")
     assert page.evaluate("() => navigator.clipboard.readText()") == answers[1]
     notebook.shot("playground", of=".fiqa-answer")
+    page.locator(".noUi-handle").last.press("End")  # the longest answers that can be asked for
+    page.locator(".jupyter-button", has_text="Answer").click()
+    page.locator(".fiqa-answer small:has-text('writing')").first.wait_for(timeout=60_000)
+    page.locator(".jupyter-button", has_text="Stop").click()
+    page.get_by_text(re.compile(r"^Stopped after [\d.]+ s")).wait_for(timeout=15_000)
+
+
+FOCUS = "() => document.activeElement.textContent.trim()"
+WATCH_ANSWERS = """() => {
+  const boxes = [...document.querySelectorAll('.fiqa-answer')].map(answer => answer.parentElement);
+  window.written = boxes.map(() => new Set());
+  const look = () => boxes.forEach((box, i) => window.written[i].add(box.querySelector('p').textContent));
+  boxes.forEach(box => new MutationObserver(look).observe(box, {childList: true, subtree: true}));
+}"""
+
+
+def tab_to(page, label: str) -> None:
+    """Press the Tab key until the button with this label has the focus."""
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        if page.evaluate(FOCUS) == label:
+            return
+    raise AssertionError(f"the Tab key does not reach {label}")

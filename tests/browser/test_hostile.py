@@ -1,0 +1,93 @@
+"""Rows and generated answers that try to become markup, commands or requests, in the real notebooks.
+
+The rows are a folder of data; the answers are made by the model's real `generate`, forced token by token.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from browser import Notebook
+from real_notebooks import place
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+NOWHERE = "http://127.0.0.1:9/"
+SCRIPT = "<script>window.hacked = 1</script>"
+HOSTILE = (
+    f"{SCRIPT}<img src='{NOWHERE}a.png' onerror='window.hacked = 2'>![b]({NOWHERE}b.png) "
+    f"<a href='javascript:window.hacked = 3'>c</a> **bold** from $80 to $95 \x1b[31mred\x1b[0m "
+    f"\x1b]8;;{NOWHERE}d\x07link\x1b]8;;\x07 </p></td></table></div><style>*{{display:none}}</style>"
+)
+OVERRIDES = "{{data: {folder}, max_new_tokens: 200, max_length: 512, tokens_per_batch: 2048}}"
+FORCE = f"""
+import torch, transformers
+from fiqa_helpers import model as _model, profiles as _profiles
+
+_ids = _model.load_tokenizer(_profiles.load_profile("tiny"))
+_ids = [*_ids({HOSTILE!r})["input_ids"], _ids.eos_token_id]
+_generate = transformers.GenerationMixin.generate
+
+
+def _forced(self, *args, **kwargs):
+    def force(so_far, scores):
+        forced = torch.full_like(scores, -float("inf"))
+        forced[:, _ids[min(so_far.shape[1] - kwargs["input_ids"].shape[1], len(_ids) - 1)]] = 0
+        return forced
+
+    return _generate(self, *args, **kwargs, logits_processor=[force])
+
+
+transformers.GenerationMixin.generate = _forced
+"""
+
+
+def hostile_rows(folder: Path) -> None:
+    """Splits in which every question and every answer is hostile."""
+    folder.mkdir()
+    for split, count in {"train": 40, "validation": 8, "test": 12}.items():
+        rows = [
+            {
+                "question": f"{split} {i}: {HOSTILE}",
+                "ground_truths": [f"{HOSTILE} Answer {i} " + "money " * i],
+            }
+            for i in range(count)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def test_hostile_rows_and_answers_are_shown_as_text(served, lab, browser):
+    """One row or answer could run a script, load a picture (and so tell who reads), or hide the page."""
+    workdir = served / "hostile"
+    hostile_rows(served / "rows")
+    overrides, shown = OVERRIDES.format(folder=served / "rows"), {}
+    for number in ("01", "02", "03", "04", "05"):
+        page = browser.new_page(viewport={"width": 1360, "height": 1080})
+        asked = []
+        page.on("request", asked.append)
+        name = place(served, workdir, number, first={"force": FORCE}, profile="tiny", overrides=overrides)
+        notebook = Notebook(page, *lab, name)
+        notebook.run_all()
+        notebook.wait_until_done(300)
+        assert notebook.errors() == [], number
+        if number == "05":
+            notebook.show(".fiqa-answer")
+            page.locator(".jupyter-button", has_text="Answer").click()
+            page.locator(".fiqa-answer small:has-text('tokens,')").nth(1).wait_for(timeout=60_000)
+            assert page.locator(".fiqa-answer p").last.inner_text().startswith(SCRIPT)
+        assert page.evaluate("() => window.hacked") is None, number
+        assert [request.url for request in asked if request.url.startswith(NOWHERE)] == [], number
+        made = page.locator(".jp-OutputArea-output").locator(
+            f"img[src^='{NOWHERE}'], a[href^='javascript'], a[href^='{NOWHERE}'], mjx-container, .ansi-red-fg"
+        )
+        assert made.all_inner_texts() == [], number
+        assert page.locator(".jp-NotebookPanel-toolbar").is_visible()  # no <style> took effect
+        shown[number] = page.locator(".jp-OutputArea-output").get_by_text(SCRIPT).count()
+        notebook.shot(
+            f"hostile-{number}",
+            of=".fiqa-answer" if number == "05" else ".jp-OutputArea-output :is(img, table)",
+        )
+        notebook.close()
+    print("outputs that show the script as text:", shown)
+    assert all(shown[number] for number in ("01", "02", "04", "05")), shown
