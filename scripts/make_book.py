@@ -6,6 +6,7 @@ reads FOLDER/outputs/executed and writes FOLDER/outputs/book. Sphinx and myst-nb
 """
 
 import argparse
+import re
 import shutil
 import sys
 import tempfile
@@ -72,7 +73,7 @@ def stage(project: Path, executed: Path, source: Path) -> None:
         target = source / path.relative_to(project)
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(prepared(path, executed / path.name), target)
-    for folder in ("fiqa_helpers", "scripts", "tests"):  # what pages link to; only that gets into the book
+    for folder in ("benchmarks", "fiqa_helpers", "scripts", "tests"):  # what pages link to gets into the book
         shutil.copytree(project / folder, source / folder, ignore=shutil.ignore_patterns("*.md", "*.ipynb"))
     kept = Path("notebooks", "precomputed")
     shutil.copytree(project / kept, source / kept, ignore=shutil.ignore_patterns("adapter"))
@@ -80,7 +81,7 @@ def stage(project: Path, executed: Path, source: Path) -> None:
         (folder / "README.md").rename(folder / "index.md")
     for page in (*source.rglob("*.md"), *source.rglob("*.ipynb")):
         text = page.read_text(encoding="utf-8")
-        page.write_text(text.replace("README.md)", "index.md)"), encoding="utf-8")
+        page.write_text(re.sub(r"(\]\((\.\./)*)README\.md", r"\1index.md", text), encoding="utf-8")
     numbered = [path.relative_to(project).with_suffix("").as_posix() for path in notebooks]
     pages = sorted(path.relative_to(source).with_suffix("").as_posix() for path in source.rglob("*.md"))
     pages = [page for page in pages if page != "index"]
