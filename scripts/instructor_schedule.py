@@ -16,42 +16,54 @@ PROJECT = Path(__file__).resolve().parent.parent
 MEASURED = PROJECT / "docs" / "measured_laptop.json"
 GUIDE = PROJECT / "docs" / "instructor.md"
 
-# (part, minutes of talk and predictions, minutes of exercises); a notebook is named by its number.
+# Start, how many stars an exercise may have, how many exercises of a notebook, and (part, minutes of talk and
+# predictions). A notebook is named by its number; its minutes of exercises stand in it.
 PLANS = {
     "half-day": (
         "9:00",
+        1,
+        1,
         [
-            ("Welcome; everybody runs `make check`", 10, 0),
-            ("00", 10, 0),
-            ("01", 15, 5),
-            ("02", 20, 10),
-            ("Break", 15, 0),
-            ("03", 20, 5),
-            ("04", 20, 5),
-            ("05", 15, 5),
-            ("06", 20, 5),
-            ("What we know now; questions", 10, 0),
+            ("Welcome; everybody runs `make check`", 10),
+            ("00", 10),
+            ("01", 15),
+            ("02", 25),
+            ("Break", 15),
+            ("03", 20),
+            ("04", 20),
+            ("05", 15),
+            ("06", 20),
+            ("What we know now; questions", 10),
         ],
     ),
     "full-day": (
         "9:00",
+        2,
+        3,
         [
-            ("Welcome; everybody runs `make check`", 15, 0),
-            ("00", 15, 0),
-            ("01", 25, 15),
-            ("Break", 15, 0),
-            ("02", 30, 20),
-            ("03", 25, 15),
-            ("Lunch", 60, 0),
-            ("04", 25, 25),
-            ("05", 20, 15),
-            ("Break", 15, 0),
-            ("06", 30, 20),
-            ("07", 30, 15),
-            ("What we know now; questions", 10, 0),
+            ("Welcome; everybody runs `make check`", 15),
+            ("00", 15),
+            ("01", 25),
+            ("Break", 15),
+            ("02", 35),
+            ("03", 30),
+            ("Lunch", 60),
+            ("04", 30),
+            ("05", 20),
+            ("Break", 15),
+            ("06", 30),
+            ("07", 30),
+            ("What we know now; questions", 15),
         ],
     ),
 }
+
+
+def exercises(number: str, stars: int, most: int) -> int:
+    """Minutes of the first exercises of a notebook, at most `most`, none with more than `stars` stars."""
+    (path,) = (PROJECT / "notebooks").glob(f"{number}_*.ipynb")
+    found = re.findall(r"### Exercise \d · (★+) \((\d+) min\)", path.read_text("utf-8"))
+    return sum([int(minutes) for marks, minutes in found if len(marks) <= stars][:most])
 
 
 def measure(workdir: Path, note: str) -> None:
@@ -84,17 +96,17 @@ def in_words(measured: dict) -> str:
 
 def schedule(name: str, measured: dict) -> str:
     """One schedule as a Markdown table."""
-    start, plan = PLANS[name]
+    start, stars, most, plan = PLANS[name]
     seconds = {notebook[:2]: value for notebook, value in measured["seconds"].items()}
     clock = datetime.strptime(start, "%H:%M")
     lines = ["| from | part | talk, predictions | runs | exercises | minutes |", "|---|---|---|---|---|---|"]
-    for part, talk, exercises in plan:
+    for part, talk in plan:
         runs = math.ceil(seconds[part] / 60) if part in seconds else 0
+        tasks = exercises(part, stars, most) if part in seconds else 0
         title = f"notebook {part}" if part in seconds else part
-        shown = [str(minutes or "") for minutes in (talk, runs, exercises)]
-        both = talk + runs + exercises
-        lines.append(f"| {clock:%H:%M} | {title} | {' | '.join(shown)} | {both} |")
-        clock += timedelta(minutes=both)
+        shown = [str(minutes or "") for minutes in (talk, runs, tasks)]
+        lines.append(f"| {clock:%H:%M} | {title} | {' | '.join(shown)} | {talk + runs + tasks} |")
+        clock += timedelta(minutes=talk + runs + tasks)
     lines.append(f"| {clock:%H:%M} | end | | | | |")
     return "\n".join(lines)
 
