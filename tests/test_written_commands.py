@@ -17,6 +17,7 @@ TYPED = {
     "make check",
     "make lint",
     "make format",
+    "make clean-notebooks",
     "nbstripout --keep-id notebooks/*.ipynb",
     "papermill --help-notebook notebooks/04_train.ipynb",
     ".venv/bin/pre-commit install",
