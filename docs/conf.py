@@ -13,6 +13,7 @@ nb_merge_streams = True
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 smartquotes = False
+suppress_warnings = ["myst.header"]  # exercises are headings of the third level, on a page of their own too
 
 html_theme = "furo"
 html_title = project

@@ -20,13 +20,7 @@ from fiqa_helpers.paths import Workspace, project_root
 CONTENTS = """
 ```{{toctree}}
 :hidden:
-:caption: Notebooks
-{notebooks}
-```
-
-```{{toctree}}
-:hidden:
-:caption: More
+:caption: {caption}
 {pages}
 ```
 """
@@ -81,12 +75,18 @@ def stage(project: Path, executed: Path, source: Path) -> None:
         (folder / "README.md").rename(folder / "index.md")
     for page in (*source.rglob("*.md"), *source.rglob("*.ipynb")):
         text = page.read_text(encoding="utf-8")
-        page.write_text(re.sub(r"(\]\((\.\./)*)README\.md", r"\1index.md", text), encoding="utf-8")
-    numbered = [path.relative_to(project).with_suffix("").as_posix() for path in notebooks]
-    pages = sorted(path.relative_to(source).with_suffix("").as_posix() for path in source.rglob("*.md"))
-    pages = [page for page in pages if page != "index"]
+        page.write_text(re.sub(r"(\]\((?!https:)[^)\s]*)README\.md", r"\1index.md", text), encoding="utf-8")
+    names = [path.relative_to(project).with_suffix("").as_posix() for path in notebooks]
+    solutions = [name for name in names if name.startswith("notebooks/solutions/")]
+    others = sorted(path.relative_to(source).with_suffix("").as_posix() for path in source.rglob("*.md"))
+    contents = {
+        "Notebooks": [name for name in names if name not in solutions],
+        "More": [name for name in others if name != "index"],
+        "Solutions": solutions,
+    }
     with (source / "index.md").open("a", encoding="utf-8") as file:
-        file.write(CONTENTS.format(notebooks="\n".join(numbered), pages="\n".join(pages)))
+        for caption, pages in contents.items():
+            file.write(CONTENTS.format(caption=caption, pages="\n".join(pages)))
 
 
 def prepared(path: Path, executed: Path) -> nbformat.NotebookNode:
