@@ -17,11 +17,11 @@ seed: {seed}  # here, at the top level: NeMo ignores a section rng
 step_scheduler:
   global_batch_size: {batch}  # rows of one optimizer step, over all GPUs
   local_batch_size: {local}  # rows of one forward pass on one GPU; {accumulate} pass(es) make a step
-  num_epochs: {epochs}
+  num_epochs: {epochs}  # begun; max_steps may end the run in the middle of one
   max_steps: {max_steps}  # null: all epochs
-  ckpt_every_steps: {every}
-  val_every_steps: {every}
-  save_checkpoint_every_epoch: false
+  ckpt_every_steps: {every}  # adapter, optimizer and place in the data; also after the last step
+  val_every_steps: {every}  # the loss of all rows of validation_dataset, per answer token
+  save_checkpoint_every_epoch: false  # NeMo would save at the end of each epoch too
 
 dist_env:
   backend: {backend}
@@ -33,21 +33,21 @@ model:
   revision: {revision}
   force_hf: true  # the Hugging Face class, as in notebook 03: the adapter fits it name by name
   torch_dtype: {dtype}  # of the base and, in a recipe, of the adapter; the notebooks keep fp32 adapters
-  attn_implementation: sdpa
-  use_liger_kernel: {liger}
+  attn_implementation: sdpa  # rows are padded here; the notebooks pack them on a GPU, which is faster
+  use_liger_kernel: {liger}  # fused norm, MLP and RoPE on a GPU
 
 peft:
   _target_: nemo_automodel.components._peft.lora.PeftConfig
   target_modules: {targets}
   dim: {rank}  # the rank r
-  alpha: {alpha}
+  alpha: {alpha}  # the update is scaled by alpha / dim
   dropout: {dropout}
   dropout_position: pre  # before A, as PEFT does; NeMo's default is post
   lora_A_init: uniform  # PEFT's; NeMo's default is xavier
 
 distributed:
   strategy: fsdp2  # shards the base model over the GPUs; does nothing on one
-  tp_size: 1
+  tp_size: 1  # no layer is cut apart: rows are shared, and so the batch rule above holds
   cp_size: 1
   activation_checkpointing: {checkpointing}  # true: less memory, slower
   mp_policy:  # left out, NeMo casts to bf16 whatever torch_dtype says
@@ -57,7 +57,7 @@ distributed:
     cast_forward_inputs: false
 
 clip_grad_norm:
-  max_norm: 1.0
+  max_norm: 1.0  # as the Trainer does
 
 loss_fn:  # per answer token over the whole step, as in notebook 04
   _target_: nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy
@@ -77,7 +77,7 @@ dataset:
 dataloader:
   _target_: torchdata.stateful_dataloader.StatefulDataLoader
   collate_fn: nemo_automodel.components.datasets.utils.default_collater
-  shuffle: true
+  shuffle: true  # by `seed`, to the same order as the Trainer's
   # group_by_length: true  # less padding: rows of similar length share a forward pass; drops a few more rows
 
 validation_dataset:
@@ -93,9 +93,9 @@ validation_dataloader:
   collate_fn: nemo_automodel.components.datasets.utils.default_collater
   shuffle: false
 
-optimizer:
+optimizer:  # the Trainer's AdamW
   _target_: torch.optim.AdamW
-  lr: {learning_rate}
+  lr: {learning_rate}  # the peak; write 2.0e-4, as YAML takes 2e-4 for a text
   betas: [0.9, 0.999]
   eps: 1.0e-8
   weight_decay: 0.0
@@ -109,7 +109,7 @@ lr_scheduler:
 checkpoint:
   enabled: true
   checkpoint_dir: {output}  # a second run in this folder goes on with the first
-  model_save_format: safetensors
+  model_save_format: safetensors  # adapter_model.safetensors, which PEFT loads
   max_recent_checkpoints: 3
 
 tensorboard:  # ours: `tensorboard --logdir` shows it
