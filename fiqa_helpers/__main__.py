@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="forbid N tokens to occur twice; 0: don't",
+        help="forbid any N tokens in a row to occur twice; 0: don't",
     )
     evaluate.add_argument("--endpoint", default="", metavar="URL", help="a server that answers, like vLLM's")
     evaluate.add_argument("--endpoint-base", default="", metavar="NAME", help="the base model's name there")

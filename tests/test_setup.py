@@ -255,6 +255,21 @@ def test_make_keeps_its_variables_to_itself(clone):
     assert not [line for line in handed_down if line.startswith("MAKEFLAGS=") and "VENV" in line]
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_extra_is_installed_when_it_is_first_needed(clone, installed):
+    """`make book` would end in "No module named myst_nb", or ask the index each time; its pins must count."""
+    (finished_environment(clone) / "bin" / "python").write_text(
+        f'#!/bin/sh\ncase "$2" in *find_spec*) exit {int(not installed)} ;; esac\n'
+        '[ "$1" = -c ] && echo 3.12 && exit 0\n'
+        'echo "$@" >>called\n'
+    )
+    result = make("book", "WORKDIR=/a try", cwd=clone)
+    assert result.returncode == 0, result.stderr
+    *pip, book = (clone / "called").read_text().splitlines()
+    assert book == "scripts/make_book.py --workdir /a try"
+    assert [line.endswith("-c constraints.txt -e .[book]") for line in pip] == [True] * (not installed)
+
+
 @pytest.mark.parametrize(("value", "fresh"), [("1", True), ("yes", True), ("0", False), ("", False)])
 def test_make_fresh(clone, value, fresh):
     """FRESH=0 means no."""

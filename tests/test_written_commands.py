@@ -18,6 +18,7 @@ TYPED = {
     "make lint",
     "make format",
     "make clean-notebooks",
+    "make exercises",
     "nbstripout --keep-id notebooks/*.ipynb",
     "papermill --help-notebook notebooks/04_train.ipynb",
     ".venv/bin/pre-commit install",
@@ -84,6 +85,12 @@ NOT_TRIED = {
     "make env PYTHON=3.13": "8 GB more on the disk; the README says what was done with 3.13 by hand",
     "make test-slow": "these are the slow tests themselves; by hand before a release",
     '.venv/bin/python -m pytest -m "not slow and not notebooks and not browser"': "a part of `make test`",
+    "python scripts/make_precomputed.py WORKDIR": (
+        "needs a whole run on a laptop, on which it was typed; test_precomputed.py examines what it left"
+    ),
+    'python scripts/instructor_schedule.py WORKDIR "what else the machine did"': (
+        "needs a whole run on a laptop, on which it was typed; a test holds the page against it"
+    ),
     "make lock": INDEX,
     "make lock UPGRADE=1": INDEX,
     "pipx run pip-audit --no-deps -r constraints.txt": "asks a public database of vulnerabilities",
