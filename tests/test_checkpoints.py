@@ -31,13 +31,14 @@ def flip_one_bit(path):
     path.write_bytes(content)
 
 
-DAMAGE = {
-    "truncated": lambda f: (f / "optimizer.pt").write_bytes((f / "optimizer.pt").read_bytes()[:-1]),
-    "bit-flipped": lambda f: flip_one_bit(f / "adapter_model.safetensors"),
-    "missing": lambda f: (f / "trainer_state.json").unlink(),
-    "no manifest": lambda f: (f / "manifest.json").unlink(),
-    "empty manifest": lambda f: (f / "manifest.json").write_text(""),
-    "manifest of another kind": lambda f: (f / "manifest.json").write_text('{"files": ["a"]}'),
+DAMAGE = {  # said of it -> what was done
+    "optimizer.pt has 4999 bytes, not 5000": lambda f: (f / "optimizer.pt").write_bytes(b"x" * 4999),
+    "adapter_model.safetensors was changed": lambda f: flip_one_bit(f / "adapter_model.safetensors"),
+    "trainer_state.json is missing": lambda f: (f / "trainer_state.json").unlink(),
+    "it has no manifest": lambda f: (f / "manifest.json").unlink(),
+    "its manifest is damaged": lambda f: (f / "manifest.json").write_text(""),
+    "its manifest is damaged.": lambda f: (f / "manifest.json").write_text('{"files": ["a"]}'),
+    "its manifest names no file": lambda f: (f / "manifest.json").write_text('{"files": {}}'),
 }
 
 
@@ -50,7 +51,7 @@ def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path, c
     left = sorted(path.name for path in bad.iterdir())
     assert checkpoints.newest_complete(run) == good
     said = capsys.readouterr().out
-    assert said.startswith("checkpoint-10 is not used: ") and said.count("\n") == 1
+    assert said.startswith(f"checkpoint-10 is not used: {damage}") and said.count("\n") == 1
     (kept,) = (run / "set_aside").iterdir()
     assert sorted(path.name for path in kept.iterdir()) == left  # nothing was deleted
     assert f"run/set_aside/{kept.name}" in said

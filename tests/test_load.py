@@ -64,6 +64,44 @@ print(json.dumps({"rows": n, "stages": measured}))
 """
 
 
+EVALUATE = """
+import numpy
+from fiqa_helpers.evaluation import evaluate
+from fiqa_helpers.generation import Answer
+from fiqa_helpers.paths import Workspace
+from fiqa_helpers.similarity import Similarity
+from fiqa_helpers.solvers import Decoding, ModelSolver
+import nemo_evaluator, rouge_score.rouge_scorer
+
+
+class AtOnce(ModelSolver):  # both models, the one that answers and the one that embeds, take no time here
+    def _generate(self, questions):
+        return [Answer("pay off the debt, then save", True, 7) for question in questions]
+
+    def identity(self):
+        return {"model": "none"}
+
+
+def encode(texts, **options):
+    return numpy.random.default_rng(len(texts)).standard_normal((len(texts), 384), dtype="float32")
+
+
+similarity = Similarity()
+similarity.model.encode = encode
+solver = AtOnce(None, None, "plain", Decoding(64, 0), 64, tuned=False)
+solver.prompt = lambda question: question
+work = Workspace(sys.argv[2])
+rows = [json.loads(line) for line in open(sys.argv[1], encoding="utf-8")]
+evaluate(work, rows[:64], solver, similarity, "warm-up")
+similarity._known.clear()
+base = now()
+stage("evaluate", lambda: evaluate(work, rows, solver, similarity, "base"))
+again = stage("again", lambda: evaluate(work, rows, solver, similarity, "base"))
+assert again.reused == len(rows)
+print(json.dumps({"rows": len(rows), "stages": measured}))
+"""
+
+
 def measure(code: str, *arguments: str) -> dict:
     done = subprocess.run([sys.executable, "-c", STAGES + code, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -96,6 +134,15 @@ def test_reading_and_tokenizing(tmp_path, fiqa_rows, smollm2):
     """A data set twenty times FiQA's size must train on a laptop's memory."""
     few, many = (
         measure(TOKENIZE, str(write_rows(tmp_path / f"{n}.jsonl", n, fiqa_rows))) for n in (FEW, MANY)
+    )
+    check(few, many)
+
+
+def test_evaluating(tmp_path, fiqa_rows):
+    """The SDK keeps logs, prompts and results of all rows; a second run reads them back, answers nothing."""
+    few, many = (
+        measure(EVALUATE, str(write_rows(tmp_path / f"{n}.jsonl", n, fiqa_rows)), str(tmp_path / f"w{n}"))
+        for n in (2_000, 20_000)  # ROUGE alone takes 3 ms a row
     )
     check(few, many)
 
