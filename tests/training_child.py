@@ -219,6 +219,9 @@ class Trainings:
     def phase(self) -> str:
         return PHASES[self._phase[0]]
 
+    def step(self) -> int:
+        return self._phase[1]
+
     def kill_in(
         self, workdir: Path, phase: str | None, delay: float, from_step: int = 0, **job
     ) -> str | None:
@@ -227,7 +230,7 @@ class Trainings:
         Returns the phase that was hit, or None when the training had ended before.
         """
         process = self.start(workdir, **job)
-        while phase and not (self.phase() == phase and self._phase[1] >= from_step) and self.alive(process):
+        while phase and not (self.phase() == phase and self.step() >= from_step) and self.alive(process):
             time.sleep(0.0002)
         time.sleep(delay)
         os.kill(process, signal.SIGKILL)
