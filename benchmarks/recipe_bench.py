@@ -13,6 +13,7 @@ compares with an earlier file; `--notebook` takes the same steps as notebook 04 
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import shlex
@@ -139,6 +140,10 @@ def notebook_path(run: notebook.Run, folder: Path) -> dict:
         def on_step_end(self, *_, **__):
             ends.append(time.perf_counter())  # the step's loss has been read: the device is done
 
+    gc.collect()  # the model that PEFT was asked with
+    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     set_seed(profile.seed)
     base = model.load_base(profile, attention_implementation(profile.layout, profile.device))
     arguments = TrainingArguments(
@@ -171,11 +176,11 @@ def notebook_path(run: notebook.Run, folder: Path) -> dict:
     torch.cuda.empty_cache()
     trainer.train()
     timed = sum(tokens[WARM : len(ends)])
-    peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
+    peak = torch.cuda.max_memory_reserved() / 2**30
     return {
         "layout": profile.layout,
         "tokens_per_second": round(timed / (ends[-1] - ends[WARM - 1]), 1),
-        "peak_reserved_gib": peak and round(peak, 2),
+        "peak_reserved_gib": round(peak, 2),  # 0 without a GPU
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "validation_loss": {"before": before, "after": trainer.evaluate()["eval_loss"]},
     }
