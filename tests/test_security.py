@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,40 @@ def test_everything_that_listens_does_so_on_this_machine(project):
                 "--no-browser --allow-remote",
             ):
                 assert wrong not in text, f"{path.name}: {wrong}"
+
+
+@pytest.mark.slow
+def test_the_lab_listens_on_this_machine_and_wants_its_token(project, tmp_path):
+    """A real server, started as `make lab` starts it: another address or an open API is everybody's shell."""
+    import psutil
+
+    (recipe,) = re.findall(r"^lab:.*\n((?:\t.*\n)+)", (project / "Makefile").read_text(), re.MULTILINE)
+    options = [word for word in recipe.split() if word.startswith("--") and "(" not in word]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--port=0", "--allow-root", *options]
+    folders = {name: str(tmp_path / name) for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "HOME")}
+    with subprocess.Popen(
+        command, cwd=project, env=os.environ | folders, stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            said = ""
+            while not (found := re.search(r"(http://127\.0\.0\.1:\d+)/\S*\?token=(\w{20,})", said)):
+                line = server.stderr.readline()
+                assert line, said
+                said += line
+            address, token = found.groups()
+            url = f"{address}/api/contents"
+            with urllib.request.urlopen(f"{url}?token={token}") as reply:
+                assert reply.status == 200
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                urllib.request.urlopen(url)
+            own = psutil.Process(server.pid)
+            sockets = [
+                c for process in (own, *own.children(recursive=True)) for c in process.net_connections()
+            ]
+            listening = {socket.laddr.ip for socket in sockets if socket.status == "LISTEN"}
+            assert listening and listening <= {"127.0.0.1", "::1"}
+        finally:
+            server.terminate()
 
 
 HOOK = """
