@@ -15,9 +15,10 @@ export FIQA_OVERRIDES := $(value OVERRIDES)
 export FIQA_WORKDIR := $(value WORKDIR)
 export FIQA_ONLY := $(value ONLY)
 python = "$$FIQA_VENV/bin/python"
-# $(call extra,NAME,MODULES): packages that only one command needs come into the environment when it is first called
-extra = $(python) -c "import importlib.util, sys; sys.exit(None in map(importlib.util.find_spec, sys.argv[1:]))" $(2) \
-	|| $(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e ".[$(1)]"
+# $(call extra,NAME,MODULES): what only one command needs comes into the environment when that is first called
+extra = $(python) -c "from importlib.util import find_spec; import sys; sys.exit(None in map(find_spec, sys.argv[1:]))" \
+	$(2) || $(python) -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+	-c constraints.txt -e ".[$(1)]"
 # make hands variables of its command line to every program below it. A `make` that a test starts elsewhere
 # would take them for its own wishes, and build its environment over this one.
 unexport VENV PROFILE OVERRIDES WORKDIR ONLY FRESH ARGS
@@ -49,8 +50,9 @@ test-slow: env  ## the second tier of tests: longer runs, kills, resumes
 # Settings (scripts/lab/overrides.json) and layout (kept in outputs/) of the project: nothing of your own JupyterLab's
 # is changed, and what you have set for yourself there still counts.
 lab: env  ## open the workshop in JupyterLab
-	@ls outputs/jupyterlab/workshop-* >/dev/null 2>&1 || $(python) -m jupyterlab workspaces import --LabWorkspaceImportApp.log_level=WARN \
-		--LabWorkspaceImportApp.workspaces_dir=outputs/jupyterlab scripts/lab/workspace.json
+	@ls outputs/jupyterlab/workshop-* >/dev/null 2>&1 || $(python) -m jupyterlab workspaces import \
+		--LabWorkspaceImportApp.workspaces_dir=outputs/jupyterlab --LabWorkspaceImportApp.log_level=WARN \
+		scripts/lab/workspace.json
 	@$(python) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/workspaces/workshop \
 		--LabApp.app_settings_dir=scripts/lab --LabApp.workspaces_dir=outputs/jupyterlab \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)

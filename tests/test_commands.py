@@ -19,6 +19,15 @@ PROJECT = Path(__file__).resolve().parent.parent
 COMMON = ["profile", "overrides", "workdir"]
 
 
+@pytest.fixture(autouse=True)
+def variables_kept():
+    """What a command sets for its own process, such as quiet libraries, is not left to the next test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def options_of(command: str) -> dict[str, argparse.Action]:
     """The options of a subcommand by name."""
     subparsers = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))

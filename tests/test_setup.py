@@ -171,7 +171,7 @@ def test_make_alone_explains_itself():
     """The first thing people type is `make`: it must list the commands and start nothing."""
     result = make()
     assert result.returncode == 0
-    for target in ("run", "test", "test-slow", "lab", "env", "check", "lint", "clean", "lock"):
+    for target in ("run", "test", "test-slow", "lab", "book", "env", "check", "lint", "clean", "lock"):
         assert re.search(rf"^  {target} +\S", result.stdout, re.MULTILINE), target
 
 
