@@ -64,7 +64,7 @@ def test_the_page_works_from_file_to_adapter(tmp_path):
         said.append(done.stdout)
     print(*said, sep="\n")
     losses = re.search(r"validation loss ([\d.]+) -> ([\d.]+)", said[1])
-    assert float(losses[2]) < float(losses[1]) - 0.3, "forty rows in one voice are learned quickly"
-    assert "lantern" in said[3].lower(), "the tuned model has taken over the voice of the rows"
+    assert float(losses[2]) < float(losses[1]) - 1, "forty rows in one voice are learned quickly"
+    assert "Ask at any lantern desk." in said[3], "the tuned model has taken over the voice of the rows"
     compared = (tmp_path / "mine" / "outputs" / "compare.html").read_text("utf-8")
     assert "lora_rank" in compared and compared.count("<svg") == 1
