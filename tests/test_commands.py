@@ -53,7 +53,10 @@ def test_options_are_the_notebooks_parameters(command, number, other, elsewhere)
         assert (options[name].type or str).__name__ == known[name], name
 
 
-@pytest.mark.parametrize("command", ["", "check", "run", "train", "ask", "evaluate", "recipe"])
+HELPED = ["", "check", "run", "train", "ask", "evaluate", "recipe", "preflight", "compare", "bundle"]
+
+
+@pytest.mark.parametrize("command", HELPED)
 def test_help_is_a_manual(command, capsys):
     """Every option says what it does, and the help of the whole names every command."""
     with pytest.raises(SystemExit) as ended:

@@ -37,6 +37,16 @@ def test_a_prepared_machine_is_ready(tmp_path, smollm2, fiqa_rows, firefox):
     assert wanted <= set(found)
 
 
+def test_the_exit_code_goes_through_twenty_machines(tmp_path, monkeypatch, capsys, firefox):
+    """A loop over ssh sees nothing but the exit code."""
+    from fiqa_helpers.__main__ import main
+
+    arguments = ["preflight", "--profile", "laptop", "--workdir", str(tmp_path)]
+    assert main(arguments) == 0 and capsys.readouterr().out.endswith("Ready.\n")
+    monkeypatch.setenv("FIQA_CACHE", str(tmp_path / "empty"))
+    assert main(arguments) == 1 and "FAIL  MiniLM" in capsys.readouterr().out
+
+
 def test_what_is_not_on_the_disk_fails_where_check_would_still_fetch_it(tmp_path, monkeypatch):
     """`make check` is content with an index that answers; tomorrow's room may have none."""
     monkeypatch.setenv("FIQA_CACHE", str(tmp_path / "empty"))
