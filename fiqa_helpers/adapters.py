@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fiqa_helpers.checkpoints import MANIFEST, fault
 from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.run_identity import model_files
 from fiqa_helpers.runcard import read_card
 
 if TYPE_CHECKING:
@@ -52,6 +53,13 @@ def check_adapter(folder: Path, profile: "Profile") -> dict:
                 f"The adapter in {folder} was trained with {key} = {trained!r} and this run has {here!r}: "
                 "give this notebook the profile and overrides of notebook 04, or train again."
             )
+    trained = card.get("definition", {}).get("model_files", "")
+    here = model_files(profile)
+    if trained != here and min(len(trained), len(here)) >= 40:  # hashes: of a folder, or of a commit
+        raise WorkshopError(
+            f"The adapter in {folder} was trained on other weights of {profile.model} ({trained[:12]}, here "
+            f"{here[:12]}): set model or model_revision in overrides to those, or train again."
+        )
     damage = fault(folder) if (folder / MANIFEST).is_file() else None
     if damage:
         raise WorkshopError(f"The adapter in {folder} is damaged ({damage}): {REMEDY}.")

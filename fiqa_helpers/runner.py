@@ -14,6 +14,7 @@ from pathlib import Path
 from fiqa_helpers.errors import WorkshopError
 from fiqa_helpers.paths import Workspace, project_root
 from fiqa_helpers.runcard import read_card
+from fiqa_helpers.storage import disk_errors
 
 LOG_SECONDS = 60  # between two progress lines of one cell where stderr is no terminal
 
@@ -108,7 +109,7 @@ def execute(notebook: Path, workspace: Workspace, values: dict, root: Path, labe
     """Run one notebook with `values` as parameters; what was executed stays in outputs/executed/ either way.
 
     Raises:
-        WorkshopError: a cell failed or the kernel died.
+        WorkshopError: a cell failed, the kernel died, or the disk is full.
     """
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -119,9 +120,10 @@ def execute(notebook: Path, workspace: Workspace, values: dict, root: Path, labe
     output = folder / notebook.name
     card = workspace.run_cards / f"{notebook.name[:2]}.json"
     register_engine()
+    disk = disk_errors(folder, "set workdir to another folder, then run the same command again")
     start = time.time()
     try:
-        with passing_on_sigterm() as told, progress(label) as report_cell:
+        with disk, passing_on_sigterm() as told, progress(label) as report_cell:
             papermill.execute_notebook(
                 str(notebook).replace("{", "{{").replace("}", "}}"),  # papermill formats paths
                 str(output).replace("{", "{{").replace("}", "}}"),

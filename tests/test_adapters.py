@@ -12,6 +12,7 @@ from fiqa_helpers import checkpoints, model
 from fiqa_helpers.adapters import check_adapter, files_of
 from fiqa_helpers.errors import WorkshopError
 from fiqa_helpers.profiles import load_profile
+from fiqa_helpers.run_identity import model_files
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,20 @@ def test_missing_tokenizer(folder, profile):
     """Without its tokenizer transformers ends in a traceback of forty frames."""
     (folder / "tokenizer.json").unlink()
     refused(folder, profile, "tokenizer.json is missing", "04_train")
+
+
+def test_other_weights_of_the_same_model(tmp_path, tiny_model, tiny_tokenizer, profile):
+    """The hub's main branch, or a folder of the same name, holds other weights than those trained on."""
+    base = tmp_path / "base"
+    tiny_model.save_pretrained(base)
+    tiny_tokenizer.save_pretrained(base)
+    profile = dataclasses.replace(profile, model=str(base))
+    tuned = peft.get_peft_model(tiny_model, model.lora_config(profile))
+    card = {"profile": dataclasses.asdict(profile), "definition": {"model_files": model_files(profile)}}
+    checkpoints.save_final(tuned, tiny_tokenizer, tmp_path / "final_model", **card)
+    check_adapter(tmp_path / "final_model", profile)
+    model.tiny_model(tiny_tokenizer, seed=1).save_pretrained(base)
+    refused(tmp_path / "final_model", profile, "was trained on other weights of", "model_revision")
 
 
 def other_model(kind: str):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,11 +195,27 @@ def kernel_of(process: int) -> int | None:
 
 
 @pytest.mark.notebooks
+def test_full_disk_under_papermill(prepared, tmp_path):
+    """papermill saves the notebook after each cell: on a full disk it ends in a traceback of its own."""
+    small = tmp_path / "small"
+    with mounted("-t", "tmpfs", "-o", "size=60m", "tmpfs", at=small):
+        shutil.copytree(prepared / "data", small / "data")
+        shutil.copytree(prepared / "outputs" / "run_cards", small / "outputs" / "run_cards")
+        used = shutil.disk_usage(small).used // 1024
+        subprocess.run(["mount", "-o", f"remount,size={used + 20}k", str(small)], check=True)
+        first = subprocess.run(command(small, "04"), capture_output=True, text=True)
+        assert first.returncode == 1 and "Traceback" not in first.stderr, first.stderr
+        assert "is full: free some space" in first.stderr and "run the same command again" in first.stderr
+        subprocess.run(["mount", "-o", "remount,size=60m", str(small)], check=True)
+        again = subprocess.run(command(small, "04"), capture_output=True, text=True)
+        assert again.returncode == 0, again.stderr
+        assert checkpoints.fault(small / "checkpoints" / "final_model") is None
+
+
+@pytest.mark.notebooks
 @pytest.mark.parametrize("fault", ["kernel killed", "SIGTERM to papermill", "SIGTERM to all"])
 def test_notebook_04_goes_on_after(prepared, tmp_path, fault):
     """Under papermill: the failure is not silent, and the same command again resumes and finishes."""
-    import shutil
-
     workdir = tmp_path / "work"
     shutil.copytree(prepared, workdir)
     run = workdir / "checkpoints" / "run"
