@@ -42,6 +42,16 @@ transformers.GenerationMixin.generate = _forced
 """
 
 
+# Links, pictures, formulas and colours out of the text. JupyterLab makes a link of an address in plain text:
+# one that leads where it says does no harm.
+RENDERED = f"""() => [...document.querySelectorAll('.jp-OutputArea-output *')]
+  .filter(e => e.matches('a, img, mjx-container, .ansi-red-fg'))
+  .filter(e => e.tagName === 'A'
+    ? /^javascript/.test(e.href) || (e.href.startsWith('{NOWHERE}') && e.getAttribute('href') !== e.textContent)
+    : e.tagName !== 'IMG' || e.src.startsWith('{NOWHERE}'))
+  .map(e => e.outerHTML)"""
+
+
 def hostile_rows(folder: Path) -> None:
     """Splits in which every question and every answer is hostile."""
     folder.mkdir()
@@ -57,37 +67,40 @@ def hostile_rows(folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
 
 
+def look_at(number: str, folder: Path, lab: tuple[str, str], browser) -> int:
+    """Run a notebook over the hostile rows; gives how many outputs show the script as text."""
+    page = browser.new_page(viewport={"width": 1360, "height": 1080})
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    overrides = OVERRIDES.format(folder=folder / "rows")
+    first = {"force": FORCE}
+    name = place(folder, folder / "hostile", number, first=first, profile="tiny", overrides=overrides)
+    notebook = Notebook(page, *lab, name)
+    notebook.run_all()
+    notebook.wait_until_done(300)
+    assert notebook.errors() == [], number
+    if number == "05":
+        notebook.show(".fiqa-answer")
+        page.locator(".jupyter-button", has_text="Answer").click()
+        page.locator(".fiqa-answer small:has-text('tokens,')").nth(1).wait_for(timeout=60_000)
+        assert page.locator(".fiqa-answer p").last.inner_text().startswith(SCRIPT)
+    assert page.evaluate("() => window.hacked") is None, number
+    assert [url for url in asked if url.startswith(NOWHERE)] == [], number
+    outputs = page.locator(".jp-OutputArea-output")
+    rendered = page.evaluate(RENDERED)
+    assert rendered == [], f"{number}: {rendered}"
+    assert page.locator(".jp-NotebookPanel-toolbar").is_visible()  # no <style> took effect
+    shown = outputs.get_by_text(SCRIPT).count()
+    notebook.shot(
+        f"hostile-{number}", of=".fiqa-answer" if number == "05" else ".jp-OutputArea-output :is(img, table)"
+    )
+    notebook.close()
+    return shown
+
+
 def test_hostile_rows_and_answers_are_shown_as_text(served, lab, browser):
     """One row or answer could run a script, load a picture (and so tell who reads), or hide the page."""
-    workdir = served / "hostile"
     hostile_rows(served / "rows")
-    overrides, shown = OVERRIDES.format(folder=served / "rows"), {}
-    for number in ("01", "02", "03", "04", "05"):
-        page = browser.new_page(viewport={"width": 1360, "height": 1080})
-        asked = []
-        page.on("request", asked.append)
-        name = place(served, workdir, number, first={"force": FORCE}, profile="tiny", overrides=overrides)
-        notebook = Notebook(page, *lab, name)
-        notebook.run_all()
-        notebook.wait_until_done(300)
-        assert notebook.errors() == [], number
-        if number == "05":
-            notebook.show(".fiqa-answer")
-            page.locator(".jupyter-button", has_text="Answer").click()
-            page.locator(".fiqa-answer small:has-text('tokens,')").nth(1).wait_for(timeout=60_000)
-            assert page.locator(".fiqa-answer p").last.inner_text().startswith(SCRIPT)
-        assert page.evaluate("() => window.hacked") is None, number
-        assert [request.url for request in asked if request.url.startswith(NOWHERE)] == [], number
-        made = page.locator(".jp-OutputArea-output").locator(
-            f"img[src^='{NOWHERE}'], a[href^='javascript'], a[href^='{NOWHERE}'], mjx-container, .ansi-red-fg"
-        )
-        assert made.all_inner_texts() == [], number
-        assert page.locator(".jp-NotebookPanel-toolbar").is_visible()  # no <style> took effect
-        shown[number] = page.locator(".jp-OutputArea-output").get_by_text(SCRIPT).count()
-        notebook.shot(
-            f"hostile-{number}",
-            of=".fiqa-answer" if number == "05" else ".jp-OutputArea-output :is(img, table)",
-        )
-        notebook.close()
+    shown = {number: look_at(number, served, lab, browser) for number in ("01", "02", "03", "04", "05")}
     print("outputs that show the script as text:", shown)
-    assert all(shown[number] for number in ("01", "02", "04", "05")), shown
+    assert all(shown.values()), shown
