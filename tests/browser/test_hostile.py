@@ -47,7 +47,7 @@ transformers.GenerationMixin.generate = _forced
 RENDERED = f"""() => [...document.querySelectorAll('.jp-OutputArea-output *')]
   .filter(e => e.matches('a, img, mjx-container, .ansi-red-fg'))
   .filter(e => e.tagName === 'A'
-    ? /^javascript/.test(e.href) || (e.href.startsWith('{NOWHERE}') && e.getAttribute('href') !== e.textContent)
+    ? /^javascript|^http:..127.0.0.1:9/.test(e.href) && e.getAttribute('href') !== e.textContent
     : e.tagName !== 'IMG' || e.src.startsWith('{NOWHERE}'))
   .map(e => e.outerHTML)"""
 
