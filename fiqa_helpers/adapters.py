@@ -1,6 +1,7 @@
 """Is this folder a whole adapter of notebook 04, for this base model? Asked before anything is loaded."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,7 +113,8 @@ def _check_shapes(folder: Path, profile: "Profile", shapes: dict[str, list[int]]
 
     config = base_config(profile)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's: the base model lay in another folder
             tuned = get_peft_model(
                 AutoModelForCausalLM.from_config(config), PeftConfig.from_pretrained(folder)
             )

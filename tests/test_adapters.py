@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 
 import peft
 import pytest
@@ -46,8 +47,13 @@ def refused(folder, profile, *words):
 
 
 def test_whole_adapter_passes(folder, profile):
-    """A check that refuses everything would pass all the tests below."""
-    card = check_adapter(folder, profile)
+    """A check that refuses everything would pass all the tests below; a warning would be one for nothing."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
+    checkpoints.write_manifest(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        card = check_adapter(folder, profile)
     assert card["profile"]["model"] == "random"
     assert files_of(folder)[0]["MB"] >= files_of(folder)[-1]["MB"]
 
