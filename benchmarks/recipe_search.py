@@ -274,7 +274,7 @@ def anchored_trainer(weight: float):
     from fiqa_helpers.training import AnswerTrainer
 
     class Anchored(AnswerTrainer):
-        def _loss_sum(self, model, micro_batch):
+        def loss_sum(self, model, micro_batch):
             inputs = self._prepare_inputs(micro_batch)
             labels = inputs.pop("labels")[:, 1:]
             answer = labels != IGNORE_INDEX

@@ -72,17 +72,22 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    groups = query.shape[1] // key.shape[1]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, size)
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     output = _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling)
     return output.unsqueeze(0), None
 
 
 def _kernel(query, key, value, limits, longest, scaling):
     """torch's kernel. `window_size=(-1, 0)` makes it causal; its default lets a token see those after it."""
+    import inspect
+
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(
-        query, key, value, limits, limits, longest, longest, scale=scaling, window_size=(-1, 0)
-    )
+    options = {"scale": scaling, "window_size": (-1, 0)}
+    if query.shape[1] != key.shape[1]:  # several query heads share a key and a value head
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11
+            groups = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return varlen_attn(query, key, value, limits, limits, longest, longest, **options)

@@ -67,15 +67,22 @@ def pack_rows(rows: Sequence[Row]) -> dict[str, "torch.Tensor | int"]:
 
     `cu_seq_lens_q` (int32, rows + 1 offsets) and `max_length_q` carry the same limits to kernels that need
     them. The first label of a row is always on its prompt, so no row is asked for the next one's first token.
+
+    The vocabulary is large and a prompt has no loss, so logits are wanted only where the next token is
+    trained: `logits_to_keep` holds those positions, `shift_labels` (1, as many) what comes next there.
     """
     import torch
 
     lengths = [len(row["input_ids"]) for row in rows]
     limits = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    labels = torch.tensor([[label for row in rows for label in row["labels"]]])
+    trained = (labels[0] != IGNORE_INDEX).nonzero()[:, 0]
     return {
         "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "labels": torch.tensor([[label for row in rows for label in row["labels"]]]),
+        "labels": labels,
+        "logits_to_keep": trained - 1,
+        "shift_labels": labels[:, trained],
         "cu_seq_lens_q": limits,
         "cu_seq_lens_k": limits,
         "max_length_q": max(lengths),

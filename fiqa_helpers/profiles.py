@@ -195,7 +195,7 @@ def _refuse_if_impossible(profile: Profile) -> None:
     """A run that this machine cannot make stops here, with the remedy, before anything is downloaded."""
     if profile.device != "cuda":
         return
-    from fiqa_helpers import machine
+    from fiqa_helpers import machine, memory
 
     gpu = machine.gpu()
     if gpu is None:
@@ -210,9 +210,7 @@ def _refuse_if_impossible(profile: Profile) -> None:
             f"{gpu.name} does not compute in bf16: "
             "use a GPU of the Ampere generation or newer, or profile laptop."
         )
-    needed = MEMORY_NEEDED.get(profile.name, 0) if profile.model == NEMOTRON else 0
-    if gpu.free_gib < needed:
-        raise WorkshopError(
-            f"{gpu.name} has {gpu.free_gib:.0f} GiB free and profile {profile.name} needs {needed}: "
-            "close what else uses the card, or take a smaller profile."
-        )
+    config = memory.config_of(profile)
+    problem = memory.advice(profile, config, gpu.free_gib * memory.GIB) if config else ""
+    if problem:
+        raise WorkshopError(f"On {gpu.name} {problem}, or end what else uses the card.")

@@ -11,8 +11,9 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from fiqa_helpers import checkpoints, safety
+from fiqa_helpers import checkpoints, gpu_path, safety
 from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.forward_copies import ForwardCopies
 from fiqa_helpers.prompts import IGNORE_INDEX
 from fiqa_helpers.run_identity import decisive_arguments, refuse_other_arguments
 from fiqa_helpers.runcard import read_card, write_json
@@ -30,6 +31,7 @@ class AnswerTrainer(Trainer):
     """
 
     _tokens, _seconds = 0, 0.0  # trained since the last log
+    _rehearsed = False
     _resumed_from: Path | None = None  # until the sums of its first part are restored
 
     def __init__(self, *args, **kwargs):
@@ -37,6 +39,7 @@ class AnswerTrainer(Trainer):
         self.terminator = safety.Terminator()
         self.add_callback(self.terminator)
         self.guard = safety.LossGuard(self.model.get_input_embeddings().num_embeddings)
+        self.forward_copies = ForwardCopies(self.model)
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs):
         """As `Trainer.train`.
@@ -53,7 +56,8 @@ class AnswerTrainer(Trainer):
             refuse_other_arguments(Path(resume).name, written_with, self._arguments())
         tokens = getattr(self.data_collator, "tokens_per_batch", None)
         memory_errors = safety.memory_errors(run, lambda: self.state.global_step, tokens)
-        with self.terminator, safety.disk_errors(run), memory_errors:
+        fused_layers = gpu_path.fused_layers(self.model, self.args.device)
+        with self.terminator, safety.disk_errors(run), memory_errors, fused_layers:
             try:
                 return super().train(resume_from_checkpoint=resume, **kwargs)
             except pickle.UnpicklingError:  # torch refuses everything but tensors and plain values
@@ -72,8 +76,9 @@ class AnswerTrainer(Trainer):
         started = time.perf_counter()
         self._step_inputs, parts = inputs["micro_batches"], []
         for micro_batch in self._step_inputs:
-            part = self._loss_sum(model, micro_batch) / num_items_in_batch
-            self.accelerator.backward(part)
+            with self.forward_copies():
+                part = self.loss_sum(model, micro_batch) / num_items_in_batch
+                self.accelerator.backward(part)
             parts.append(part.detach())
             self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
         loss = torch.stack(parts).sum()
@@ -94,8 +99,8 @@ class AnswerTrainer(Trainer):
         total, tokens = 0.0, 0
         for batch in dataloader:
             for micro_batch in batch["micro_batches"]:
-                with torch.no_grad():
-                    total += self._loss_sum(self.model, micro_batch).item()
+                with torch.no_grad(), self.forward_copies():
+                    total += self.loss_sum(self.model, micro_batch).item()
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             tokens += int((batch["labels"] != IGNORE_INDEX).sum())
         metrics = {f"{metric_key_prefix}_loss": total / tokens, f"{metric_key_prefix}_tokens": tokens}
@@ -113,12 +118,13 @@ class AnswerTrainer(Trainer):
         tokens = sum(_real_tokens(micro_batch) for micro_batch in inputs["micro_batches"])
         return 6 * tokens * self.model.num_parameters(exclude_embeddings=True)
 
-    def _loss_sum(self, model, micro_batch: Mapping) -> torch.Tensor:
+    def loss_sum(self, model, micro_batch: Mapping) -> torch.Tensor:
         """Summed negative log-likelihood of a micro-batch's answer tokens, in nats."""
         inputs = self._prepare_inputs(micro_batch)
         with self.compute_loss_context_manager():
+            options = gpu_path.loss_options(self.args.device)
             # A cache would make transformers forget where packed rows begin.
-            return model(**inputs, use_cache=False, num_items_in_batch=1).loss
+            return model(**inputs, **options, use_cache=False, num_items_in_batch=1).loss
 
     # -- a loss that is no number, or out of bounds
 
@@ -206,6 +212,9 @@ class AnswerTrainer(Trainer):
 
     def _run_epoch(self, *args, **kwargs) -> None:
         self._restore_totals()
+        if not self._rehearsed:
+            gpu_path.rehearse(self, self.args.per_device_train_batch_size)
+            self._rehearsed = True
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args, **kwargs):

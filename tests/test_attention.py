@@ -11,6 +11,7 @@ from fiqa_helpers.batching import pack_rows, pad_rows
 from fiqa_helpers.errors import WorkshopError
 from fiqa_helpers.prompts import IGNORE_INDEX, encode
 
+LOSS_ONLY = ("labels", "shift_labels", "logits_to_keep")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -20,7 +21,7 @@ def per_row_sdpa(query, key, value, limits, longest, scaling):
     rows = []
     for start, end in zip(limits[:-1].tolist(), limits[1:].tolist(), strict=True):
         q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         rows.append(out[0].transpose(0, 1))
     return torch.cat(rows)
 
@@ -53,7 +54,8 @@ def packed_model(tiny_model, monkeypatch):
 
 def logits(model, batch: dict) -> torch.Tensor:
     with torch.no_grad():
-        return model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits
+        inputs = {k: v for k, v in batch.items() if k not in LOSS_ONLY}
+        return model(**inputs, use_cache=False).logits
 
 
 def split(packed: torch.Tensor, rows: list[dict]) -> list[torch.Tensor]:
@@ -84,7 +86,8 @@ def test_it_is_the_registered_function_that_runs(packed_model, rows, monkeypatch
     logits(packed_model, pack_rows(rows))
     assert len(calls) == packed_model.config.num_hidden_layers
     query, key, value, limits, longest, scaling = calls[0]
-    assert query.shape == key.shape == value.shape == (sum(len(r["input_ids"]) for r in rows), 4, 16)
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    assert query.shape == (tokens, 4, 16) and key.shape == value.shape == (tokens, 2, 16)
     assert limits.tolist()[-1] == len(query) and longest == 400 and scaling == 16**-0.5
 
 
@@ -108,7 +111,7 @@ def test_a_cache_makes_rows_see_one_another(packed_model, rows):
     packed_model.set_attn_implementation("sdpa")
     batches = [pack_rows(rows), pack_rows(with_one_row_changed(rows, 0))]
     with torch.no_grad():
-        inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+        inputs = [{k: v for k, v in batch.items() if k not in LOSS_ONLY} for batch in batches]
         before, after = (split(packed_model(**batch, use_cache=True).logits, rows) for batch in inputs)
     assert not torch.equal(before[3], after[3])
 

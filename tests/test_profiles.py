@@ -148,7 +148,7 @@ def test_auto_on_a_card_without_bf16_is_not_refused_afterwards(monkeypatch):
             "driver 470 is too old: update",
         ),
         (card(bf16=False), "does not compute in bf16: use a GPU of the Ampere generation or newer"),
-        (card(free_gib=12.0), "has 12 GiB free and profile .* needs .*: close what else uses the card"),
+        (card(free_gib=12.0), "needs about .* GiB and 12 are free.*, or end what else uses the card"),
     ],
 )
 def test_a_gpu_profile_that_cannot_run_is_refused(monkeypatch, name, gpu, sentence):
