@@ -92,7 +92,7 @@ def step_tokens(batch: dict) -> int:
 
 
 def clock():
-    """A Trainer callback with the wall time at the end of every step, the GPU's work done."""
+    """A Trainer callback that notes the time after the warm-up and after the last step, the GPU done."""
     import torch
     from transformers import TrainerCallback
 
@@ -101,10 +101,9 @@ def clock():
             self.ends: list[float] = []
 
         def on_step_end(self, args, state, control, **kwargs):
-            torch.cuda.synchronize()
-            self.ends.append(time.perf_counter())
-            if len(self.ends) == WARM_UP:
-                torch.cuda.reset_peak_memory_stats()
+            if state.global_step in (WARM_UP, state.max_steps):
+                torch.cuda.synchronize()
+                self.ends.append(time.perf_counter())
 
     return Clock()
 
@@ -119,7 +118,8 @@ def arguments(kind, folder: str, steps: int, batch: int, **more):
         learning_rate=2e-4,
         lr_scheduler_type="linear",
         warmup_steps=0.1,
-        logging_steps=1,
+        logging_steps=5,
+        logging_nan_inf_filter=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -129,15 +129,15 @@ def arguments(kind, folder: str, steps: int, batch: int, **more):
     return kind(**settings | more)
 
 
-def result(counted: Counted, ends: list[float], batches_a_step: int, **more) -> dict:
+def result(counted: Counted, ends: list[float], steps: int, batches_a_step: int, **more) -> dict:
     """Tokens/s and MFU from the end of the warm-up to the last step, everything between included."""
     import torch
 
     from fiqa_helpers.model import reference_config
 
     config = reference_config()
-    tokens = counted.tokens[WARM_UP * batches_a_step : len(ends) * batches_a_step]
-    seconds = ends[-1] - ends[WARM_UP - 1]
+    tokens = counted.tokens[WARM_UP * batches_a_step : steps * batches_a_step]
+    seconds = ends[1] - ends[0]
     # Forward and the gradient of the activations, 2 operations each for a weight and token; the frozen
     # weights' own gradient is never computed. Embedding rows are looked up. Attention is not counted.
     operations = 4 * (8_030_261_248 - config.vocab_size * config.hidden_size)
@@ -145,9 +145,8 @@ def result(counted: Counted, ends: list[float], batches_a_step: int, **more) -> 
         tokens_per_second=round(sum(tokens) / seconds, 1),
         tflops=round(operations * sum(tokens) / seconds / 1e12, 1),
         seconds=round(seconds, 3),
-        step_seconds=[round(b - a, 4) for a, b in zip(ends, ends[1:], strict=False)],
         tokens=sum(tokens),
-        steps=len(ends) - WARM_UP,
+        steps=steps - WARM_UP,
         peak_allocated_gib=round(torch.cuda.max_memory_allocated() / GIB, 2),
         peak_reserved_gib=round(torch.cuda.max_memory_reserved() / GIB, 2),
         **more,
@@ -200,7 +199,7 @@ def ours(
         callbacks=[timer],
     )
     trainer.train()
-    found = result(counted, timer.ends, 1, losses=losses(trainer))
+    found = result(counted, timer.ends, steps, 1, losses=losses(trainer))
     if evaluate:
         trainer.evaluate()
         found["peak_reserved_with_evaluation_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
@@ -229,7 +228,7 @@ def trainer_padded(steps: int, folder: str) -> dict:
     args = arguments(TrainingArguments, folder, steps, 4, bf16=True)
     trainer = Trainer(model=model, args=args, train_dataset=rows(), data_collator=counted, callbacks=[timer])
     trainer.train()
-    return result(counted, timer.ends, 4, losses=losses(trainer))
+    return result(counted, timer.ends, steps, 4, losses=losses(trainer))
 
 
 def pad(rows: list[dict]) -> dict:
@@ -263,7 +262,7 @@ def trl(steps: int, folder: str, best: bool) -> dict:
     )
     counted = trainer.data_collator = Counted(pad, unpadded)
     trainer.train()
-    return result(counted, timer.ends, 4, losses=losses(trainer))
+    return result(counted, timer.ends, steps, 4, losses=losses(trainer))
 
 
 def words_of_nothing(kind):
@@ -315,11 +314,11 @@ def nemo_native(steps: int, folder: str) -> dict:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seen.append(round(total.item(), 4))
-        ends.append(time.perf_counter())
-        if step == WARM_UP - 1:
-            torch.cuda.reset_peak_memory_stats()
-    return result(counted, ends, 4, losses=seen)
+        seen.append(total)
+        if step + 1 in (WARM_UP, steps):
+            torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+    return result(counted, ends, steps, 4, losses=[round(loss.item(), 4) for loss in seen])
 
 
 def unsloth(steps: int, folder: str, packing: bool) -> dict:
@@ -356,7 +355,7 @@ def unsloth(steps: int, folder: str, packing: bool) -> dict:
     )
     counted = trainer.data_collator = Counted(trainer.data_collator, unpadded)
     trainer.train()
-    return result(counted, timer.ends, 4, losses=losses(trainer))
+    return result(counted, timer.ends, steps, 4, losses=losses(trainer))
 
 
 def random_folder() -> Path:

@@ -84,10 +84,7 @@ def _kernel(query, key, value, limits, longest, scaling):
     from torch.nn.attention.varlen import varlen_attn
 
     options = {"scale": scaling, "window_size": (-1, 0)}
-    if query.shape[1] != key.shape[1]:  # several query heads share a key and a value head
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options["enable_gqa"] = True
-        else:  # torch 2.11
-            groups = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    # Several query heads share a key and a value head; torch 2.11 takes that as it is and has no name for it.
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
     return varlen_attn(query, key, value, limits, limits, longest, longest, **options)

@@ -49,13 +49,18 @@ class ForwardCopies:
 
     @torch.no_grad()
     def _collect(self) -> None:
-        """Move the copies' gradients to the fp32 weights."""
-        pairs = [(w, c) for w, c in zip(self.weights, self.copies, strict=True) if c.grad is not None]
-        if not pairs:
+        """Move the copies' gradients to the fp32 weights, all of them in a few kernels."""
+        with_grad = [i for i, copy in enumerate(self.copies) if copy.grad is not None]
+        if not with_grad:
             return
-        for weight, _ in pairs:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-        torch._foreach_add_([w.grad for w, _ in pairs], [c.grad.float() for _, c in pairs])
-        for _, copy in pairs:
-            copy.grad = None
+        grads = [self.copies[i].grad for i in with_grad]
+        first = [i for i in with_grad if self.weights[i].grad is None]
+        for i in first:
+            self.weights[i].grad = torch.zeros_like(self.weights[i])
+        sums = [self.weights[i].grad for i in with_grad]
+        if len(first) == len(with_grad):  # the first of a step's micro-batches
+            torch._foreach_copy_(sums, grads)
+        else:
+            torch._foreach_add_(sums, [grad.float() for grad in grads])
+        for i in with_grad:
+            self.copies[i].grad = None

@@ -31,7 +31,7 @@ def _dropped(x, random, probability):
     return tl.where(random >= probability, x * (1.0 / (1.0 - probability)), 0.0).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "tokens"])
 def _down_kernel(
     x, a, h, seed, tokens, width, probability,
     RANK: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -69,7 +69,7 @@ def _tile_backward(x, gx, a_tile, gh, random, at, inside, probability, grad_a, I
     return grad_a
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "tokens", "share"])
 def _backward_kernel(
     x, gx, a, gh, parts, seed, tokens, width, probability, share,
     RANK: tl.constexpr, PADDED: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -2,12 +2,11 @@
 
 import math
 import pickle
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
@@ -30,16 +29,18 @@ class AnswerTrainer(Trainer):
     same machine with the same number of threads.
     """
 
-    _tokens, _seconds = 0, 0.0  # trained since the last log
+    _tokens = 0  # trained since the last log
     _rehearsed = False
     _resumed_from: Path | None = None  # until the sums of its first part are restored
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, args: TrainingArguments, **kwargs):
+        gpu_path.prepare(args)
+        super().__init__(args=args, **kwargs)
         self.terminator = safety.Terminator()
         self.add_callback(self.terminator)
         self.guard = safety.LossGuard(self.model.get_input_embeddings().num_embeddings)
         self.forward_copies = ForwardCopies(self.model)
+        self.watch, self.timer = gpu_path.Watch(), gpu_path.StepTimer(self.args.device)
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs):
         """As `Trainer.train`.
@@ -72,45 +73,43 @@ class AnswerTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward for every micro-batch; returns the step's loss in nats per answer token."""
+        self._settle()
+        self.timer.start()
         model.train()
-        started = time.perf_counter()
-        self._step_inputs, parts = inputs["micro_batches"], []
+        self._step_inputs, self._shares = inputs["micro_batches"], []
         for micro_batch in self._step_inputs:
             with self.forward_copies():
-                part = self.loss_sum(model, micro_batch) / num_items_in_batch
-                self.accelerator.backward(part)
-            parts.append(part.detach())
+                share = self.loss_sum(model, micro_batch) / num_items_in_batch
+                self.accelerator.backward(share)
+            self._shares.append(share.detach())
             self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
-        loss = torch.stack(parts).sum()
-        value = loss.item()  # waits for the device, so that the time below is the step's
         self._tokens += sum(_real_tokens(micro_batch) for micro_batch in self._step_inputs)
-        self._seconds += time.perf_counter() - started
-        self._check(
-            value,
-            [batch for batch, part in zip(self._step_inputs, parts, strict=True) if not part.isfinite()],
-        )
-        return loss
+        self.timer.stop()
+        return torch.stack(self._shares).sum()
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """Validation loss: total negative log-likelihood over total answer tokens, in nats."""
+        self._settle(wait=True)
         self.model.eval()
-        total, tokens = 0.0, 0
+        total, tokens = torch.zeros((), dtype=torch.float64, device=self.args.device), 0
         for batch in dataloader:
             for micro_batch in batch["micro_batches"]:
                 with torch.no_grad(), self.forward_copies():
-                    total += self.loss_sum(self.model, micro_batch).item()
+                    total += self.loss_sum(self.model, micro_batch)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             tokens += int((batch["labels"] != IGNORE_INDEX).sum())
-        metrics = {f"{metric_key_prefix}_loss": total / tokens, f"{metric_key_prefix}_tokens": tokens}
+        metrics = {f"{metric_key_prefix}_loss": total.item() / tokens, f"{metric_key_prefix}_tokens": tokens}
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the real (not padding) tokens a second that were trained since the last log."""
-        if "loss" in logs and self._seconds:
-            logs["tokens_per_second"] = self._tokens / self._seconds
-            self._tokens, self._seconds = 0, 0.0
+        self._settle(wait=True)
+        seconds = self.timer.seconds() if "loss" in logs else 0
+        if seconds:
+            logs["tokens_per_second"] = self._tokens / seconds
+            self._tokens = 0
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: Mapping) -> int:
@@ -122,47 +121,55 @@ class AnswerTrainer(Trainer):
         """Summed negative log-likelihood of a micro-batch's answer tokens, in nats."""
         inputs = self._prepare_inputs(micro_batch)
         with self.compute_loss_context_manager():
-            options = gpu_path.loss_options(self.args.device)
+            options = gpu_path.loss_options(inputs)
             # A cache would make transformers forget where packed rows begin.
             return model(**inputs, **options, use_cache=False, num_items_in_batch=1).loss
 
     # -- a loss that is no number, or out of bounds
 
-    def _check(self, loss: float, bad: list[Mapping]) -> None:
-        """Stop before the optimizer takes a step that would spoil the adapter."""
-        if not math.isfinite(loss):
-            self._stop(f"The loss is {loss}", bad or self._step_inputs)
-        if self.guard.exploded(loss):
-            rows = safety.rows_of(self._step_inputs, self.train_dataset)
-            last = checkpoints.newest_complete(Path(self.args.output_dir))
-            raise WorkshopError(
-                f"The loss has exploded ({loss:.1f} at step {self.state.global_step + 1}, rows {rows} of the "
-                f"training data: worse than guessing): lower learning_rate; the last good adapter is "
-                f"{last or 'the untrained one'}."
-            )
-
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        if norm is not None and not math.isfinite(norm):
-            self._stop(f"The gradient's norm is {float(norm)}", self._step_inputs)
+        known = torch.stack(self._shares).sum() if norm is None else norm
+        self.watch.add(self.state.global_step + 1, self._shares, known, self._step_inputs, self.optimizer)
+        self._settle()
         return norm
 
-    def _stop(self, problem: str, micro_batches: list[Mapping]) -> None:
-        """The adapter in memory is still that of the step before: keep it."""
+    def _settle(self, wait: bool = False) -> None:
+        """Stop before a step spoils the adapter: what is known of the steps is looked at here."""
+        for numbers in self.watch.known(wait):
+            loss = sum(numbers.shares)
+            pairs = zip(numbers.micro_batches, numbers.shares, strict=True)
+            if not math.isfinite(loss):
+                bad = [batch for batch, share in pairs if not math.isfinite(share)]
+                self._stop(f"The loss is {loss}", numbers.step, bad or numbers.micro_batches)
+            if not math.isfinite(numbers.norm):
+                self._stop(f"The gradient's norm is {numbers.norm}", numbers.step, numbers.micro_batches)
+            if self.guard.exploded(loss):
+                rows = safety.rows_of(numbers.micro_batches, self.train_dataset)
+                last = checkpoints.newest_complete(Path(self.args.output_dir))
+                raise WorkshopError(
+                    f"The loss has exploded ({loss:.1f} at step {numbers.step}, rows {rows} of the "
+                    f"training data: worse than guessing): lower learning_rate; the last good adapter is "
+                    f"{last or 'the untrained one'}."
+                )
+
+    def _stop(self, problem: str, step: int, micro_batches: list[Mapping]) -> None:
+        """The adapter in memory does not have that step: keep it."""
         self.model.zero_grad()
         kept = Path(self.args.output_dir) / "last_good_adapter"
         with safety.disk_errors(kept.parent, kept):
             self.model.save_pretrained(kept)
         rows = safety.rows_of(micro_batches, self.train_dataset)
         raise WorkshopError(
-            f"{problem} at step {self.state.global_step + 1} (rows {rows} of the training data): look at "
-            f"them or lower learning_rate; the adapter of step {self.state.global_step} is kept in {kept}."
+            f"{problem} at step {step} (rows {rows} of the training data): look at them or lower "
+            f"learning_rate; the adapter of step {step - 1} is kept in {kept}."
         )
 
     # -- checkpoints
 
     def _save_checkpoint(self, model, trial) -> None:
         """The Trainer's checkpoint, then its manifest, and only then are older checkpoints deleted."""
+        self._settle(wait=True)
         run = self._get_output_dir(trial=trial)
         folder = checkpoints.checkpoint_folder(run, self.state.global_step)
         if self.guard.bad_steps or checkpoints.fault(folder) is None:
@@ -218,6 +225,7 @@ class AnswerTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args, **kwargs):
+        self._settle(wait=True)
         self._restore_totals()  # of a run that was killed after its last step
         return super()._finalize_training(*args, **kwargs)
 
