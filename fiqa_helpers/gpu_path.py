@@ -6,11 +6,13 @@ and then it stays idle while the CPU fills it again: a fifth of a step of the 8B
 
 import contextlib
 import time
+import types
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,13 +46,31 @@ def loss_options(inputs: Mapping) -> dict[str, object]:
     return options
 
 
-def fused_layers(model: "PeftModel", device: torch.device) -> contextlib.AbstractContextManager:
-    """LoRA layers that spare the memory's bandwidth, on a GPU and as long as the context lasts."""
+@contextlib.contextmanager
+def fused_layers(model: "PeftModel", device: torch.device) -> Iterator[None]:
+    """LoRA layers that spare the memory's bandwidth, and torch's own RMSNorm, which costs the CPU less than
+    Liger's; on a GPU and as long as the context lasts."""
     if device.type != "cuda":
-        return contextlib.nullcontext()
+        yield
+        return
     from fiqa_helpers.fused_lora import fuse_lora
 
-    return fuse_lora(model)
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    before = [norm.__dict__.get("forward") for norm in norms]
+    for norm in norms:
+        norm.forward = types.MethodType(_rms_norm, norm)
+    try:
+        with fuse_lora(model):
+            yield
+    finally:
+        for norm, forward in zip(norms, before, strict=True):
+            del norm.forward
+            if forward:
+                norm.forward = forward
+
+
+def _rms_norm(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return functional.rms_norm(x, (x.shape[-1],), self.weight, self.variance_epsilon)
 
 
 def rehearse(trainer: "AnswerTrainer", rows: int) -> None:
