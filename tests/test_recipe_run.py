@@ -126,17 +126,18 @@ def test_adapter_loads_with_peft(run, one):
     assert {n.replace(".default", "") for n, p in ours.named_parameters() if p.requires_grad} == saved.keys()
 
 
-def test_peft_has_the_recipes_validation_loss(run, one):
+@pytest.mark.parametrize("name", ["one", pytest.param("two", marks=pytest.mark.slow)])
+def test_peft_has_the_recipes_validation_loss(name, run, request):
     """A wrong scale or a layer left out would still load; only the loss knows."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    _, panel, adapter = one
+    _, panel, adapter = request.getfixturevalue(name)
     tokenizer = model.load_tokenizer(run.profile)
     rows = data.read_processed(run.workspace.data)["validation"].select(range(run.profile.eval_rows))
     rows = prompts.encode_rows(rows, tokenizer, run.profile)
-    base = AutoModelForCausalLM.from_pretrained(run.workspace.root / "one" / "random_model")
+    base = AutoModelForCausalLM.from_pretrained(run.workspace.root / name / "random_model")
     tuned = PeftModel.from_pretrained(base, adapter)
     batch = batching.pad_rows(list(rows), tokenizer.pad_token_id)
     with torch.no_grad():
