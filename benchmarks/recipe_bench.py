@@ -221,10 +221,14 @@ def trained(history: list[dict]) -> list[dict]:
 def compare(card: dict, other: dict) -> dict:
     """This run beside another one, which is normally that of one GPU."""
     pairs = list(zip(card["losses"], other["losses"], strict=False))[:20]
+
+    def kind(run: dict) -> str | None:
+        return (run["device"]["gpu"] or {}).get("name")
+
     ratio = card["tokens_per_second"] / other["tokens_per_second"]
     return {
         "with": f"{other['gpus']} GPU(s), local batch {other['local_batch_size']}",
-        "same_card": card["device"].get("gpu", {}) == other["device"].get("gpu", {}),
+        "same_kind_of_gpu": kind(card) == kind(other),
         "speedup": round(ratio, 4),
         "scaling_efficiency": round(ratio * other["gpus"] / card["gpus"], 4),
         "losses_compared": len(pairs),
