@@ -10,6 +10,7 @@ exclude_patterns = ["**/.ipynb_checkpoints"]
 
 nb_execution_mode = "off"  # the notebooks were executed already; the book shows that run
 nb_merge_streams = True
+nb_ipywidgets_js = {}  # no scripts from elsewhere, also where a notebook kept a widget's state
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 smartquotes = False
