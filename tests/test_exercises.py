@@ -27,6 +27,10 @@ def forbidden(ids, n=4):
     return next(({ids[i + n - 1]} for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == last), set())
 """
 
+OWN_ANSWER = """
+cheat = max((side.samples[cheat_row] for side in (base, tuned)), key=lambda row: row["similarity"])["answer"]
+"""
+
 # Notebook and exercise, a typical wrong answer, and what its hint must say.
 WRONG = [
     ("00.1", "steps = 3 * 5500", "Those are rows"),
@@ -114,7 +118,7 @@ WRONG = [
     ("06.3", "cheat_row = -1", "numbered from 0"),
     ("06.3", "cheat = 'word ' * 21", "21 words"),
     ("06.3", "cheat = tested[cheat_row]['ground_truths'][0][:40]", "stands in the reference"),
-    ("06.3", "cheat = 'qqq'", "use the question's own words"),
+    ("06.3", OWN_ANSWER, "use the question's own words"),
     ("07.1", "batch_size, steps_an_epoch = 16, 344", "cannot be shared"),
     ("07.1", "batch_size, steps_an_epoch = 24, 229", "12 is nearer"),
     ("07.1", "batch_size, steps_an_epoch = 12, 459", "dropped"),
@@ -126,6 +130,7 @@ WRONG = [
     ("07.3", "edited = written + '# a comment'", "the same run"),
     ("07.3", "edited = written + '\\nrng:\\n  seed: 7\\n'", "seed"),
 ]
+STRONG = "{learning_rate: 0.05, max_new_tokens: 16}"  # so that base and tuned give different answers
 FAST = ("00", "01", "02", "03")  # the others build on an adapter that was trained
 
 
@@ -150,14 +155,14 @@ NUMBERS = [number for path in SOLUTIONS for number in numbers_of(path)]
 class Solved:
     """The cells of a solution notebook, executed in this process, and its checks asked again."""
 
-    def __init__(self, path: Path, workdir: Path, profile: str):
+    def __init__(self, path: Path, workdir: Path, profile: str, overrides: str):
         self.cells = {cell["id"]: cell for cell in cells(path) if cell.cell_type == "code"}
         self.names: dict = {}
         for cell in self.cells.values():
             if tags(cell) & {"parameters", "setup"}:
                 self.say(cell.source)
             if "parameters" in tags(cell):
-                self.names |= {"profile": profile, "workdir": str(workdir)}
+                self.names |= {"profile": profile, "overrides": overrides, "workdir": str(workdir)}
 
     def say(self, source: str) -> str:
         """Execute `source` and return what it prints, on one line."""
@@ -197,7 +202,9 @@ def solved(tmp_path_factory):
 
     def whole() -> Path:
         folder = tmp_path_factory.mktemp("tutorial")
-        (folder / "parameters.yaml").write_text(json.dumps({"profile": "tiny", "workdir": str(folder)}))
+        (folder / "parameters.yaml").write_text(
+            json.dumps({"profile": "tiny", "overrides": STRONG, "workdir": str(folder)})
+        )
         for lesson in LESSONS[1:7]:
             command = [sys.executable, "-m", "papermill", str(lesson), str(folder / lesson.name)]
             command += ["-f", str(folder / "parameters.yaml"), "--no-progress-bar"]
@@ -206,12 +213,12 @@ def solved(tmp_path_factory):
         return folder
 
     def get(name: str) -> Solved:
-        kind, profile = (quick, "laptop") if name in FAST else (whole, "tiny")
+        kind, *settings = (quick, "laptop", "") if name in FAST else (whole, "tiny", STRONG)
         if kind.__name__ not in workdirs:
             workdirs[kind.__name__] = kind()
         if name not in ready:
             path = next(path for path in SOLUTIONS if path.name.startswith(name))
-            ready[name] = Solved(path, workdirs[kind.__name__], profile)
+            ready[name] = Solved(path, workdirs[kind.__name__], *settings)
         return ready[name]
 
     return get
