@@ -181,7 +181,7 @@ def test_the_panel_is_readable_in_the_dark_theme(tmp_path, browser):
             """() => {
               const light = c => c.match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0) / 765;
               const style = name => getComputedStyle(document.querySelector(name));
-              return [style('.fiqa-panel svg .t').fill, style('.jp-Notebook').backgroundColor].map(light) }"""
+              return [style('.fiqa-panel b').color, style('.jp-Notebook').backgroundColor].map(light) }"""
         )
         notebook.shot("panel-small-dark")
         notebook.wait_until_done(60)
