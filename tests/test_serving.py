@@ -180,7 +180,7 @@ def test_the_gguf_file_is_the_merged_model(smollm2, tmp_path):
 
     target = tmp_path / "a b" / "model.gguf"
     target.parent.mkdir()
-    for line in serving.gguf_lines(smollm2, target, tmp_path / "converter"):
+    for line in serving.gguf_lines(smollm2, target, tmp_path / "converter", sys.executable):
         subprocess.run(line, shell=True, check=True, capture_output=True, timeout=600)
     packed = AutoModelForCausalLM.from_pretrained(
         target.parent, gguf_file=target.name, quantization_config=GgufConfig(dequantize=True)
