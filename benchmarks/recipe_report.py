@@ -10,7 +10,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from recipe_search import DECODINGS, FOLDS, SETTINGS, Setting, inner_results, load_folds
+from recipe_search import DECODINGS, FOLDS, MEASURED, SETTINGS, Setting, inner_results, load_folds
 
 from fiqa_helpers import metrics, notebook
 from fiqa_helpers.evaluation import Evaluated
@@ -19,6 +19,29 @@ from fiqa_helpers.intervals import Comparison, compare
 from fiqa_helpers.metrics import METRICS
 from fiqa_helpers.runcard import read_card, write_json
 from fiqa_helpers.similarity import Similarity
+
+
+def untuned(out: Path) -> list[str]:
+    """The base model on all rows by prompt and decoding, and what each gains over plain and greedy."""
+    folds = [read_card(out / "base" / f"{fold}.json") for fold in range(FOLDS)]
+
+    def column(style: str, decoding: str, metric: str) -> list[float]:
+        return [value for fold in folds for value in fold[style][decoding][metric]]
+
+    head = ["prompt; decoding", "similarity", "gain, 95 % interval", "token F1", "gain, 95 % interval"]
+    head += ["reference NLL", "stopped", "repeated", "tokens"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for style in sorted(folds[0], reverse=True):
+        for decoding in DECODINGS:
+            cells = [f"{style}; {decoding}"]
+            for metric in ("similarity", "token_f1"):
+                found = compare(metric, column("plain", "greedy", metric), column(style, decoding, metric))
+                gain = f"{found.difference:+.3f}, {found.low:+.3f} to {found.high:+.3f}"
+                cells += [f"{found.tuned:.3f}", "" if (style, decoding) == ("plain", "greedy") else gain]
+            means = {name: statistics.fmean(column(style, decoding, name)) for name in MEASURED}
+            cells += [f"{means['nll']:.3f}", f"{means['stopped']:.1%}", f"{means['repeated']:.1%}"]
+            lines.append("| " + " | ".join([*cells, f"{means['tokens']:.0f}"]) + " |")
+    return lines
 
 
 def tried(out: Path) -> list[str]:
@@ -133,6 +156,11 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     out = parser.parse_args().results
     notebook.quiet()
+    print("\n## The untuned model\n")
+    print("\n".join(untuned(out)))
+    if not (out / "outer").is_dir():
+        print("\nNo setting has been measured out of fold.")
+        return
     similarity = Similarity()
     results = {"chosen": out_of_fold(out, "chosen", None, similarity)}
     for decoding in DECODINGS:

@@ -11,7 +11,10 @@ rows is made once, out of fold. What was tried is kept, failures too.
 
 A run that is out of time, or killed, goes on with the same command. `recipe_report.py` makes the tables. All
 decodings of a trial are generated as one batch, and the workers share the card: a model this small does not
-fill one.
+fill one. Try it first, in a minute or two, with `--rows 100 --cap-steps 5 --settings "reference;beginnings"`.
+
+On a machine with a hand-made environment: the packaged weights are unpacked by `gguf`, which imports
+mistral_common where that is installed, and fails where mistral_common lacks its own pycountry.
 """
 
 import argparse
