@@ -25,7 +25,7 @@ unexport VENV PROFILE OVERRIDES WORKDIR ONLY FRESH ARGS
 MAKEOVERRIDES =
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lab book env check preflight bundle lint format exercises clean-notebooks clean lock
+.PHONY: help run test test-slow lab book bench env check preflight bundle lint format exercises clean-notebooks clean lock
 
 help:  ## list these commands
 	@echo "make COMMAND [NAME=value ...]"
@@ -60,6 +60,10 @@ lab: env  ## open the workshop in JupyterLab
 book: env  ## render the executed notebooks and the docs as a static site in outputs/book
 	@$(call extra,book,myst_nb furo)
 	@$(python) scripts/make_book.py --workdir "$$FIQA_WORKDIR" $(ARGS)
+
+bench: env  ## speed beside TRL, NeMo and others: on a GPU the 8B model (about 6 minutes), else the laptop profile
+	@$(call extra,bench,trl)
+	@$(python) benchmarks/bench.py $(ARGS)
 
 env:  ## make or update the environment only
 	@scripts/make_env.sh "$$FIQA_VENV"

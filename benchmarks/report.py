@@ -1,0 +1,84 @@
+"""Write the README's speed table and docs/images/speed.png from the files in benchmarks/results/.
+
+    python benchmarks/report.py
+
+A test holds the README against the files, so a figure there is always one that was measured.
+"""
+
+import json
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+PICTURE = HERE.parent / "docs" / "images" / "speed.png"
+VERSIONS = ("torch", "triton", "transformers", "peft", "trl", "liger-kernel")
+BEGIN, END = "<!-- speed: written by benchmarks/report.py -->", "<!-- end of speed -->"
+
+
+def load() -> dict:
+    """{"date": ..., "runs": [one for each contender]}"""
+    return json.loads((HERE / "results" / "gpu.json").read_text(encoding="utf-8"))
+
+
+def section(results: dict) -> str:
+    """The table and what is to be known about it, as Markdown."""
+    runs = [run for run in results["runs"] if "error" not in run]
+    missing = [run["name"] for run in results["runs"] if "error" in run]
+    machine = runs[0]["machine"]
+    rates = [run["matmul_tflops"] for run in runs]
+    best = runs[0]["tokens_per_second"]
+    lines = [
+        "| how | tokens/s | MFU | peak GiB reserved | gpu80 is faster by |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {run['title']} | {run['tokens_per_second']:,.0f} | {run['mfu']:.2f} | "
+        f"{run['peak_reserved_gib']:.1f} | {best / run['tokens_per_second']:.1f} x |"
+        for run in runs
+    ]
+    versions = ", ".join(f"{name} {machine[name]}" for name in VERSIONS)
+    versions = ", ".join(f"{name} {machine[name]}" for name in VERSIONS)
+    lines += [
+        "",
+        f"Measured {results['date']} on one {machine['gpu']}, in one run, {runs[0]['steps']} steps each:",
+        "the exact 8B architecture with **random weights** (speed and memory do not depend on them; nothing",
+        "about learning can be read here), rows of FiQA's lengths, 16 a step, real tokens counted, not padding.",
+        "MFU is the share of this card's own bf16 matrix rate,",
+        f"{min(rates):.0f} to {max(rates):.0f} TFLOP/s. Versions: {versions};",
+        "those pinned here are newer in torch and triton. Settings:",
+        "[benchmarks/contenders.py](benchmarks/contenders.py); what was tried:",
+        "[benchmarks/LOG.md](benchmarks/LOG.md).",
+    ]
+    if missing:
+        lines += ["", f"Not measured, as the time on the card ran out: {', '.join(missing)}."]
+    return "\n".join(lines)
+
+
+def picture(results: dict) -> None:
+    """Bars of tokens/s, labelled, that need no colour."""
+    from matplotlib.figure import Figure
+
+    runs = [run for run in results["runs"] if "error" not in run][::-1]
+    figure = Figure(figsize=(8, 0.5 * len(runs) + 1), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh([run["title"] for run in runs], [run["tokens_per_second"] for run in runs], color="0.55")
+    for bar, run in zip(bars, runs, strict=True):
+        bar.set_hatch("//" if run["name"].startswith("gpu") else "")
+    axes.bar_label(bars, labels=[f" {run['tokens_per_second']:,.0f}" for run in runs])
+    axes.set_xlabel("real tokens a second, 8B model with random weights, one H100")
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(PICTURE, dpi=110)
+
+
+def main() -> None:
+    results = load()
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{section(results)}\n{END}{after}", encoding="utf-8")
+    picture(results)
+
+
+if __name__ == "__main__":
+    main()

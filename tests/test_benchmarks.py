@@ -1,0 +1,60 @@
+"""The benchmark's figures: what the README says is what the result files hold."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """module(name): a script of benchmarks/, imported."""
+    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
+    return importlib.import_module
+
+
+def test_readme_holds_what_was_measured(module):
+    """A table edited by hand, or results without a new table: a figure nobody measured."""
+    report = module("report")
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    assert f"{report.BEGIN}\n{report.section(report.load())}\n{report.END}" in text
+
+
+def test_every_contender_has_a_result_or_is_named_as_missing(module):
+    """A peer left out because its result did not please."""
+    contenders, report = module("contenders"), module("report")
+    named = {run["name"] for run in report.load()["runs"]}
+    assert named == set(contenders.CONTENDERS)
+
+
+def test_rows_have_the_measured_lengths(module):
+    """Rows of other lengths measure another data set."""
+    rows = module("contenders").rows()
+    lengths = json.loads((PROJECT / "benchmarks" / "fiqa_lengths.json").read_text())
+    assert len(rows) == 648
+    assert sorted(map(len, rows["input_ids"])) == sorted(prompt + answer for prompt, answer in lengths)
+    trained = sum(label != -100 for labels in rows["labels"] for label in labels)
+    assert trained == sum(answer for _, answer in lengths)
+
+
+def test_memory_ledger_within_a_tenth_of_what_was_measured(module):
+    """The ledger is a promise about a card that most readers do not have."""
+    from fiqa_helpers import memory
+    from fiqa_helpers.profiles import PROFILES
+
+    for run in module("report").load()["runs"][:2]:
+        predicted = memory.predict(PROFILES[run["name"]], memory.nemotron_config()).total / memory.GIB
+        assert predicted == pytest.approx(run["peak_reserved_with_evaluation_gib"], rel=0.1)
+
+
+@pytest.mark.parametrize("script", ["bench.py", "contenders.py", "laptop.py"])
+def test_scripts_explain_themselves(script):
+    """--help is the manual, and must not need a GPU."""
+    command = [sys.executable, PROJECT / "benchmarks" / script, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
+    assert result.returncode == 0 and "usage:" in result.stdout
