@@ -40,14 +40,22 @@ def section(results: dict) -> str:
     versions = ", ".join(f"{name} {machine[name]}" for name in VERSIONS)
     lines += [
         "",
-        f"Measured {results['date']} on one {machine['gpu']}, in one run, {runs[0]['steps']} steps each:",
+        f"Measured {results['date']} on one {machine['gpu']},",
+        f"in one run, {runs[0]['steps']} steps each:",
         "the exact 8B architecture with **random weights** (speed and memory do not depend on them; nothing",
-        "about learning can be read here), rows of FiQA's lengths, 16 a step, real tokens counted, not padding.",
+        "about learning can be read here), rows of FiQA's lengths, 16 a step, real tokens counted.",
         "MFU is the share of this card's own bf16 matrix rate,",
         f"{min(rates):.0f} to {max(rates):.0f} TFLOP/s. Versions: {versions};",
         "those pinned here are newer in torch and triton. Settings:",
         "[benchmarks/contenders.py](benchmarks/contenders.py); what was tried:",
         "[benchmarks/LOG.md](benchmarks/LOG.md).",
+    ]
+    recipe = json.loads((HERE / "results" / "recipe.json").read_text(encoding="utf-8"))
+    lines += [
+        "",
+        "The same run as a NeMo AutoModel recipe (notebook 07), padded, on that card:",
+        f"{recipe['tokens_per_second']:,.0f} tokens/s,",
+        f"{recipe['peak_allocated_gib_first_gpu']:.1f} GiB allocated.",
     ]
     if missing:
         lines += ["", f"Not measured, as the time on the card ran out: {', '.join(missing)}."]

@@ -91,6 +91,7 @@ NOT_TRIED = {
     'python scripts/instructor_schedule.py WORKDIR "what else the machine did"': (
         "needs a whole run on a laptop, on which it was typed; a test holds the page against it"
     ),
+    "make bench": "a figure wants an idle machine for minutes; test_benchmarks.py holds what it left",
     "make lock": INDEX,
     "make lock UPGRADE=1": INDEX,
     "pipx run pip-audit --no-deps -r constraints.txt": "asks a public database of vulnerabilities",
