@@ -11,6 +11,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from unittest import mock
 
 from fiqa_helpers.errors import WorkshopError
 from fiqa_helpers.paths import cache_dir
@@ -182,9 +183,12 @@ def _is_complete(folder: Path) -> bool:
 def _dequantize(gguf: Path, folder: Path) -> None:
     """Write model, tokenizer (with its chat template), generation defaults and manifest to `folder`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+    from transformers import modeling_gguf_pytorch_utils as gguf_utils
 
+    # Its progress bar is a widget in every kernel, and would stay in the file of a headless run.
+    no_widget = mock.patch.object(gguf_utils, "tqdm", lambda tensors, **_: tensors)
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
-    with contextlib.redirect_stderr(io.StringIO()):  # three progress bars of the libraries
+    with no_widget, contextlib.redirect_stderr(io.StringIO()):  # other progress bars of the libraries
         tokenizer = AutoTokenizer.from_pretrained(**source)
         tokenizer.pad_token = SMOLLM2_PAD
         model = AutoModelForCausalLM.from_pretrained(

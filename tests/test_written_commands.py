@@ -201,6 +201,8 @@ def test_typed_after_a_run(copy, tmp_path):
     next_one(next(command for command in left if command.startswith("pip download")))
     cache = {"FIQA_CACHE": str(tmp_path / "cache"), "PIP_NO_INDEX": "1", "ONLY": "00"}
     assert "00_start_here" in next_one("FIQA_WHEELS=$PWD/wheels make run", **cache)
+    executed = (copy / "outputs" / "executed" / "00_start_here.ipynb").read_text(encoding="utf-8")
+    assert "widget" not in executed, "the first use of the model left a progress bar in the file"
     for command in sorted(left):
         next_one(command)
     assert not left
