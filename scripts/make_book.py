@@ -68,7 +68,8 @@ def stage(project: Path, executed: Path, source: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(prepared(path, executed / path.name), target)
     for folder in ("benchmarks", "fiqa_helpers", "scripts", "tests"):  # what pages link to gets into the book
-        shutil.copytree(project / folder, source / folder, ignore=shutil.ignore_patterns("*.md", "*.ipynb"))
+        no_pages = () if folder == "benchmarks" else ("*.md", "*.ipynb")
+        shutil.copytree(project / folder, source / folder, ignore=shutil.ignore_patterns(*no_pages))
     kept = Path("notebooks", "precomputed")
     shutil.copytree(project / kept, source / kept, ignore=shutil.ignore_patterns("adapter"))
     for folder in (source, source / kept):
