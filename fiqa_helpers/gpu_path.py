@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn import functional
 
+from fiqa_helpers.memory import LOGITS_CHUNK
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import TrainingArguments
 
     from fiqa_helpers.training import AnswerTrainer
 
-LOGITS_CHUNK = 8  # logits of a chunk take 8 times the memory of its hidden states
 MOST_PENDING = 3  # steps whose numbers may be outstanding
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 BF16, FP32 = 2, 4  # bytes
-LOGITS_CHUNK = 8  # as in gpu_path.py, which needs torch: a chunk's logits take 8 times its hidden states
+LOGITS_CHUNK = 8  # of the loss, for gpu_path.py too: a chunk's logits take 8 times its hidden states
 # What the CUDA libraries and the allocator take beside the tensors: cuBLAS workspaces, blocks of memory that
 # are not quite filled.
 OVERHEAD = 0.5 * GIB

@@ -1,14 +1,13 @@
 """Base models through NeMo AutoModel, on GPU and CPU; LoRA by PEFT; parameters counted without weights."""
 
 import contextlib
-import json
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
 from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.memory import nemotron_config
 
 if TYPE_CHECKING:
     import torch
@@ -150,8 +149,7 @@ def reference_config() -> "PretrainedConfig":
     """
     from transformers import AutoConfig
 
-    text = resources.files("fiqa_helpers").joinpath("nemotron_8b_config.json").read_text(encoding="utf-8")
-    values = json.loads(text)
+    values = nemotron_config()
     values.pop("_comment")
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
