@@ -142,6 +142,21 @@ def executed(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def browser():
+    """One Chromium for all tests: playwright's sync API runs its event loop once in a process."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    sys.path[:0] = [str(PROJECT / "tests" / "browser")]
+    from browser import FLAGS, chromium
+
+    if chromium() is None:
+        pytest.skip("Chromium is not installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
 def fiqa_rows() -> list[dict]:
     """The 648 packaged rows: question and ground_truths."""
     from fiqa_helpers import assets

@@ -12,10 +12,6 @@ import nbformat
 import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(PROJECT / "tests" / "browser")]
-
-from browser import FLAGS, chromium  # noqa: E402
-
 pytest.importorskip("myst_nb", reason="the extra `book` is not installed: make book installs it")
 NOTEBOOKS = sorted(path.stem for path in (PROJECT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 WIDE = """() => {
@@ -136,33 +132,28 @@ def test_the_text_is_there_without_javascript(executed, book, pages):
 @whole_run
 @pytest.mark.browser
 @pytest.mark.parametrize("javascript", [True, False], ids=["scripts on", "scripts off"])
-def test_the_book_in_a_browser(book, pages, javascript):
+def test_the_book_in_a_browser(book, pages, browser, javascript):
     """A wide table makes a phone scroll sideways; a script from elsewhere fails where there is no network."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    if chromium() is None:
-        pytest.skip("Chromium is not installed")
     wrong = []
-    with playwright.sync_playwright() as engine:
-        browser = engine.chromium.launch(executable_path=chromium(), args=FLAGS)
-        context = browser.new_context(viewport={"width": 390, "height": 844}, java_script_enabled=javascript)
-        page = context.new_page()
-        page.on("console", lambda message: wrong.append(f"{page.url}: {message.type} {message.text}"))
-        page.on("pageerror", lambda error: wrong.append(f"{page.url}: {error}"))
-        page.on(
-            "request",
-            lambda request: urlsplit(request.url).scheme in ("file", "data") or wrong.append(request.url),
-        )
-        page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
-        for path in pages:
-            page.goto(path.as_uri())
-            if not javascript:
-                assert page.locator("article").inner_text().strip() or path.stem == "search"
-                continue
-            too_wide = page.evaluate("() => document.documentElement.scrollWidth - innerWidth")
-            assert too_wide <= 0 and not page.evaluate(WIDE), f"{path.name}: {page.evaluate(WIDE)}"
-            broken = page.evaluate("() => [...document.images].filter(i => !i.naturalWidth).map(i => i.src)")
-            assert not broken, broken
-        browser.close()
+    context = browser.new_context(viewport={"width": 390, "height": 844}, java_script_enabled=javascript)
+    page = context.new_page()
+    page.on("console", lambda message: wrong.append(f"{page.url}: {message.type} {message.text}"))
+    page.on("pageerror", lambda error: wrong.append(f"{page.url}: {error}"))
+    page.on(
+        "request",
+        lambda request: urlsplit(request.url).scheme in ("file", "data") or wrong.append(request.url),
+    )
+    page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
+    for path in pages:
+        page.goto(path.as_uri())
+        if not javascript:
+            assert page.locator("article").inner_text().strip() or path.stem == "search"
+            continue
+        too_wide = page.evaluate("() => document.documentElement.scrollWidth - innerWidth")
+        assert too_wide <= 0 and not page.evaluate(WIDE), f"{path.name}: {page.evaluate(WIDE)}"
+        broken = page.evaluate("() => [...document.images].filter(i => !i.naturalWidth).map(i => i.src)")
+        assert not broken, broken
+    context.close()
     assert not wrong, wrong
 
 

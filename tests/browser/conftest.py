@@ -1,4 +1,4 @@
-"""Fixtures of the browser tests: one JupyterLab and one Chromium for all, a fresh page for each."""
+"""Fixtures of the browser tests: one JupyterLab for all, a fresh page for each."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from browser import FLAGS, chromium, jupyterlab  # noqa: E402
+from browser import chromium, jupyterlab  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
@@ -36,16 +36,6 @@ def served(tmp_path_factory) -> Path:
 def lab(served):
     with jupyterlab(served) as (address, token):
         yield address, token
-
-
-@pytest.fixture(scope="session")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
