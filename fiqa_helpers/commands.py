@@ -55,7 +55,7 @@ def ask(options: argparse.Namespace) -> int:
     from fiqa_helpers import notebook, show
     from fiqa_helpers.adapters import check_adapter
     from fiqa_helpers.precomputed import adapter_folder
-    from fiqa_helpers.runner import progress
+    from fiqa_helpers.progress import progress
 
     kinds = {"profile": str, "overrides": str, "workdir": str, "temperature": float, "sampling_seed": int}
     begun = notebook.start(vars(options) | {"__annotations__": kinds}, "05")
@@ -87,8 +87,8 @@ def recipe(options: argparse.Namespace) -> int:
 
     from fiqa_helpers import launch, notebook
     from fiqa_helpers.profiles import PROFILES, planned_profile
+    from fiqa_helpers.progress import progress
     from fiqa_helpers.recipe import write_recipe
-    from fiqa_helpers.runner import progress
 
     profile = planned_profile(options.profile, options.overrides)
     begun = notebook.Run("07", {}, profile, Workspace(options.workdir))

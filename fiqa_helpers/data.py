@@ -25,7 +25,6 @@ PROCESSED = {
     "test": "test_processed.json",
 }
 MANIFEST = "processed.json"  # written last: says which three files belong together
-
 REPEATED = "with a question that the split already has: the first one kept"
 LEAKED = "with a question of a later split (validation, test): taken out, so that nothing leaks"
 

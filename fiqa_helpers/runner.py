@@ -2,21 +2,19 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fiqa_helpers.errors import WorkshopError
 from fiqa_helpers.paths import Workspace, project_root
+from fiqa_helpers.progress import progress
 from fiqa_helpers.runcard import read_card
 from fiqa_helpers.storage import disk_errors
-
-LOG_SECONDS = 60  # between two progress lines of one cell where stderr is no terminal
 
 
 @dataclass(frozen=True)
@@ -210,51 +208,6 @@ def register_engine() -> None:
             return super().execute_managed_notebook(nb_man, kernel_name, **options)
 
     papermill_engines.register("fiqa", ReportingEngine)
-
-
-@contextlib.contextmanager
-def progress(label: str, unit: str = "cell") -> Iterator[Callable[[int, int, str], None]]:
-    """A line on stderr for one notebook: the cell, its heading, the time. (Or other `unit`s of other work.)
-
-    Rewritten each second on a terminal; in a log, one line a minute.
-    """
-    terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    start, state, stop = time.monotonic(), {"cell": 0, "of": 0, "heading": ""}, threading.Event()
-
-    def line() -> str:
-        minutes, seconds = divmod(int(time.monotonic() - start), 60)
-        cell = f"{unit} {state['cell']} of {state['of']}"
-        return f"{label}  {cell}  {minutes}:{seconds:02d}  {state['heading']}"
-
-    def show() -> None:
-        if terminal:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\033[K{line()[:width]}", end="", file=sys.stderr, flush=True)
-        else:
-            print(line(), file=sys.stderr, flush=True)
-
-    def keep_showing() -> None:
-        while not stop.wait(1 if terminal else LOG_SECONDS):
-            show()
-
-    def report_cell(cell: int, total: int, heading: str) -> None:
-        state.update(cell=cell, of=total, heading=heading)
-
-    if not terminal:
-        print(f"{label}  started", file=sys.stderr, flush=True)
-    thread = threading.Thread(target=keep_showing, daemon=True)
-    thread.start()
-    outcome = "failed"
-    try:
-        yield report_cell
-        outcome = "done"
-    finally:
-        stop.set()
-        thread.join()
-        state["heading"] = outcome
-        show()
-        if terminal:
-            print(file=sys.stderr)
 
 
 def summary(done: list[Done], workspace: Workspace) -> str:

@@ -23,6 +23,8 @@ from fiqa_helpers.storage import say
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from fiqa_helpers.gpu_path import Numbers
+
 GRACE = 5.0  # seconds
 PATIENCE = 3  # steps in a row with an exploded loss before the run stops
 NO_MEMORY = ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -74,7 +76,7 @@ class Terminator(TrainerCallback):
 
 
 class LossGuard:
-    """Notices a loss that is no number, or one that has become worse than guessing every token alike."""
+    """Ends a run whose loss or gradient is no number, or whose loss is worse than uniform guessing."""
 
     def __init__(self, vocabulary: int):
         self.limit = math.log(vocabulary) + 1  # nats; uniform guessing costs log(vocabulary)
@@ -84,6 +86,33 @@ class LossGuard:
         """Take note of a step's loss; True when it has been beyond the limit for `PATIENCE` steps."""
         self.bad_steps = self.bad_steps + 1 if loss > self.limit else 0
         return self.bad_steps >= PATIENCE
+
+    def check(self, found: "Numbers", run: Path, rows: "Dataset", keep: Callable[[Path], None]) -> None:
+        """Look at what a step on `rows` has given; `keep` saves the adapter, which is without that step.
+
+        Raises:
+            WorkshopError: a number is none, or the loss has exploded; says at which step and rows.
+        """
+        loss = sum(found.shares)
+        pairs = zip(found.micro_batches, found.shares, strict=True)
+        bad = [batch for batch, share in pairs if not math.isfinite(share)] or found.micro_batches
+        if not math.isfinite(loss) or not math.isfinite(found.norm):
+            no_loss = not math.isfinite(loss)
+            problem = f"The loss is {loss}" if no_loss else f"The gradient's norm is {found.norm}"
+            kept = run / "last_good_adapter"
+            with disk_errors(run, kept):
+                keep(kept)
+            raise WorkshopError(
+                f"{problem} at step {found.step} (rows {rows_of(bad, rows)} of the training data): look at "
+                f"them or lower learning_rate; the adapter of step {found.step - 1} is kept in {kept}."
+            )
+        if self.exploded(loss):
+            last = checkpoints.newest_complete(run)
+            raise WorkshopError(
+                f"The loss has exploded ({loss:.1f} at step {found.step}, rows "
+                f"{rows_of(found.micro_batches, rows)} of the training data: worse than guessing): lower "
+                f"learning_rate; the last good adapter is {last or 'the untrained one'}."
+            )
 
 
 def way_on(run: Path | str) -> str:

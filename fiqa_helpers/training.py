@@ -1,6 +1,5 @@
 """transformers' Trainer: a step's rows in micro-batches, every loss per answer token, an exact resume."""
 
-import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,34 +135,12 @@ class AnswerTrainer(Trainer):
 
     def _settle(self, wait: bool = False) -> None:
         """Stop before a step spoils the adapter: what is known of the steps is looked at here."""
-        for numbers in self.watch.known(wait):
-            loss = sum(numbers.shares)
-            pairs = zip(numbers.micro_batches, numbers.shares, strict=True)
-            if not math.isfinite(loss):
-                bad = [batch for batch, share in pairs if not math.isfinite(share)]
-                self._stop(f"The loss is {loss}", numbers.step, bad or numbers.micro_batches)
-            if not math.isfinite(numbers.norm):
-                self._stop(f"The gradient's norm is {numbers.norm}", numbers.step, numbers.micro_batches)
-            if self.guard.exploded(loss):
-                rows = safety.rows_of(numbers.micro_batches, self.train_dataset)
-                last = checkpoints.newest_complete(Path(self.args.output_dir))
-                raise WorkshopError(
-                    f"The loss has exploded ({loss:.1f} at step {numbers.step}, rows {rows} of the "
-                    f"training data: worse than guessing): lower learning_rate; the last good adapter is "
-                    f"{last or 'the untrained one'}."
-                )
+        for found in self.watch.known(wait):
+            self.guard.check(found, Path(self.args.output_dir), self.train_dataset, self._keep_adapter)
 
-    def _stop(self, problem: str, step: int, micro_batches: list[Mapping]) -> None:
-        """The adapter in memory does not have that step: keep it."""
+    def _keep_adapter(self, folder: Path) -> None:
         self.model.zero_grad()
-        kept = Path(self.args.output_dir) / "last_good_adapter"
-        with safety.disk_errors(kept.parent, kept):
-            self.model.save_pretrained(kept)
-        rows = safety.rows_of(micro_batches, self.train_dataset)
-        raise WorkshopError(
-            f"{problem} at step {step} (rows {rows} of the training data): look at them or lower "
-            f"learning_rate; the adapter of step {step - 1} is kept in {kept}."
-        )
+        self.model.save_pretrained(folder)
 
     # -- checkpoints
 

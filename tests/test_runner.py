@@ -154,7 +154,7 @@ def test_dead_kernel_is_a_sentence(tmp_path):
 
 def test_progress_in_a_log(tmp_path, capfd, monkeypatch):
     """A log gets a line at the start, one now and then, and one at the end: no control characters."""
-    monkeypatch.setattr(runner, "LOG_SECONDS", 1)
+    monkeypatch.setattr("fiqa_helpers.progress.LOG_SECONDS", 1)
     notebook = write_notebook(tmp_path / "09_slow.ipynb", "import time; time.sleep(3)")
     run(notebook, Workspace(str(tmp_path)), label="[2/5] 09_slow")
     lines = capfd.readouterr().err.splitlines()
@@ -169,7 +169,7 @@ def test_progress_on_a_terminal():
     """On a terminal the same line is rewritten, cut to its width, and closed with a newline."""
     controller, terminal = pty.openpty()
     code = (
-        "import time\nfrom fiqa_helpers.runner import progress\n"
+        "import time\nfrom fiqa_helpers.progress import progress\n"
         "with progress('[1/1] name') as report:\n    report(1, 2, 'x' * 300); time.sleep(1.2)\n"
     )
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "60"}
