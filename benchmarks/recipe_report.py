@@ -8,6 +8,7 @@ Everything out of fold is scored here, from the answers, by the metrics, floors 
 import argparse
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from recipe_search import DECODINGS, FOLDS, MEASURED, SETTINGS, Setting, inner_results, load_folds
@@ -44,13 +45,13 @@ def untuned(out: Path) -> list[str]:
     return lines
 
 
-def tried(out: Path) -> list[str]:
-    """Every setting and decoding: base -> tuned on the rows that the inner trials left out."""
+def tried(found: Iterable[tuple[str, str, dict]]) -> list[str]:
+    """(setting, decoding, {metric: (base, tuned)}) as a table, base -> tuned."""
     lines = [
         "| setting | decoding | rows | reference NLL | similarity | token F1 | stopped | repeated | tokens |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, decoding, pairs in inner_results(out):
+    for name, decoding, pairs in found:
         cells = [f"{name} | {decoding} | {len(pairs['nll'][0])}"]
         for metric in ("nll", "similarity", "token_f1"):
             found = compare(metric, *pairs[metric])
@@ -78,10 +79,10 @@ def incomplete(out: Path) -> list[str]:
     return lines
 
 
-def settings() -> list[str]:
+def settings(named: dict[str, Setting]) -> list[str]:
     """What each name stands for, as far as it differs from the reference hyper-parameters."""
     lines = ["| setting | differs from the reference in |", "|---|---|"]
-    for name, setting in SETTINGS.items():
+    for name, setting in named.items():
         changed = [f"{k} {v}" for k, v in vars(setting).items() if v != getattr(Setting(), k)]
         lines.append(
             f"| {name} | {', '.join(changed) or '(learning_rate 0.0002, 3 epochs, rank 8, q/k/v/o)'} |"
@@ -89,16 +90,18 @@ def settings() -> list[str]:
     return lines
 
 
-def out_of_fold(out: Path, which: str, decoding: str | None, similarity: Similarity) -> dict:
+def out_of_fold(
+    out: Path, which: str, decoding: str | None, similarity: Similarity, folds: list[list[dict]]
+) -> dict:
     """Base against tuned on all rows: what each fold has `chosen`, or a fixed setting and decoding."""
     rows, sides, used = [], {"base": [], "tuned": []}, Counter()
-    for fold, held_out in enumerate(load_folds()):
+    for fold, held_out in enumerate(folds):
         trials = read_card(out / "outer" / f"{fold}.json")
         name = trials["chosen"]["setting"] if which == "chosen" else which
         how = decoding or trials["chosen"]["decoding"]
         used[f"{name}; {how}"] += 1
         rows += held_out
-        base = read_card(out / "base" / f"{fold}.json")[SETTINGS[name].prompt][how]
+        base = read_card(out / "base" / f"{fold}.json")[trials[name]["setting"]["prompt"]][how]
         for side, columns in (("base", base), ("tuned", trials[name]["found"][how])):
             sides[side] += samples(columns, held_out, similarity)
     base, tuned = (Evaluated(side, Path(), found, 0, {}, {}) for side, found in sides.items())
@@ -161,17 +164,17 @@ def main() -> None:
     if not (out / "outer").is_dir():
         print("\nNo setting has been measured out of fold.")
         return
-    similarity = Similarity()
-    results = {"chosen": out_of_fold(out, "chosen", None, similarity)}
+    similarity, folds = Similarity(), load_folds()
+    results = {"chosen": out_of_fold(out, "chosen", None, similarity, folds)}
     for decoding in DECODINGS:
-        results[f"reference; {decoding}"] = out_of_fold(out, "reference", decoding, similarity)
+        results[f"reference; {decoding}"] = out_of_fold(out, "reference", decoding, similarity, folds)
     chosen = [read_card(out / "outer" / f"{fold}.json")["chosen"] for fold in range(FOLDS)]
     write_json(out / "summary.json", {"chosen": chosen, "results": results})
     for name, result in results.items():
         print(f"\n## Out of fold: {name}\n")
         print("\n".join(as_table(result)))
     print("\n## Every setting, on rows outside its training and outside the fold that it is chosen for\n")
-    print("\n".join([*tried(out), "", *settings(), "", *incomplete(out)]))
+    print("\n".join([*tried(inner_results(out)), "", *settings(SETTINGS), "", *incomplete(out)]))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ class Setting:
     first_words: int = 0  # whole sentences from the start, at most so many words; 0 is the whole answer
     unquoted: bool = False  # takes off the CSV quotes that stand around a third of the answers
     prompt: str = "plain"
+    most_steps: int = 0  # the schedule ends there; 0 is all of the epochs
 
 
 BRIEF = Setting(5e-4, 2, shortest=20, links=False, first_words=100, unquoted=True)
@@ -87,6 +88,8 @@ SETTINGS = {  # the most promising first, as time may run out
 
 class Search:
     """One worker: the model, the rows in folds, and the files of its trials."""
+
+    settings, decodings = SETTINGS, DECODINGS
 
     def __init__(self, args: argparse.Namespace):
         from rouge_score.rouge_scorer import RougeScorer
@@ -137,7 +140,7 @@ class Search:
 
     def trial(self, name: str, left_out: tuple[int, ...], seed: int, keep_answers: bool) -> dict:
         """Train `name` on the folds that are not left out and measure it on those that are."""
-        setting, started = SETTINGS[name], time.time()
+        setting, started = self.settings[name], time.time()
         rows = [row for fold in range(FOLDS) if fold not in left_out for row in self.folds[fold]]
         try:
             tuned, log = self.train(setting, prepared(rows, setting), seed)
@@ -170,12 +173,13 @@ class Search:
             prompt=setting.prompt,
         )
         steps = setting.epochs * math.ceil(len(rows) / profile.batch_size)
+        steps = min(steps, setting.most_steps or steps, self.args.cap_steps or steps)
         set_seed(profile.seed + seed)
         tuned = get_peft_model(self.model, model.lora_config(profile))
         arguments = TrainingArguments(
             output_dir=str(self.out / "trainer"),
             per_device_train_batch_size=profile.batch_size,
-            max_steps=min(steps, self.args.cap_steps or steps),
+            max_steps=steps,
             learning_rate=setting.learning_rate,
             warmup_steps=profile.warmup_ratio,
             neftune_noise_alpha=setting.neftune or None,
@@ -227,18 +231,18 @@ class Search:
 
         from fiqa_helpers.generation import generate_answers
 
-        found = {name: [] for name in DECODINGS}
-        at_once = self.args.batch // len(DECODINGS)
+        found = {name: [] for name in self.decodings}
+        at_once = self.args.batch // len(found)
         for start in range(0, len(rows), at_once):
             questions = [row["question"] for row in rows[start : start + at_once]]
             made = generate_answers(
                 model,
                 self.tokenizer,
-                questions * len(DECODINGS),
+                questions * len(found),
                 style,
                 self.profile.max_new_tokens,
                 logits_processor=LogitsProcessorList(
-                    [side_by_side(len(questions), self.tokenizer.eos_token_id)]
+                    [side_by_side(self.decodings, len(questions), self.tokenizer.eos_token_id)]
                 ),
             )
             for i, column in enumerate(found.values()):
@@ -246,8 +250,8 @@ class Search:
         return found
 
 
-def side_by_side(rows: int, end: int):
-    """A logits processor that treats each `rows` rows of the batch by the next of DECODINGS."""
+def side_by_side(decodings: dict[str, dict], rows: int, end: int):
+    """A logits processor that treats each `rows` rows of the batch by the next of `decodings`."""
     import torch
     from transformers import ExponentialDecayLengthPenalty, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
@@ -255,7 +259,7 @@ def side_by_side(rows: int, end: int):
 
     def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if not made:  # the first token: what is there is the prompt
-            for wanted in DECODINGS.values():
+            for wanted in decodings.values():
                 parts = LogitsProcessorList()
                 if "no_repeat_ngram_size" in wanted:
                     parts.append(NoRepeatNGramLogitsProcessor(wanted["no_repeat_ngram_size"]))
@@ -322,20 +326,7 @@ def choose(out: Path, fold: int) -> dict:
     standard errors up, reference NLL down, repetition not as much up, 95 % stopped), the one with the most
     similar answers; if there is none, the one whose similarity gains most.
     """
-    candidates = []
-    for name, decoding, pairs in inner_results(out, fold):
-        gain, error = {}, {}
-        for metric in MEASURED:
-            values = [t - b for b, t in zip(*pairs[metric], strict=True)]
-            gain[metric] = sum(values) / len(values)
-            error[metric] = math.sqrt(sum((v - gain[metric]) ** 2 for v in values)) / len(values)
-        stops = sum(pairs["stopped"][1]) / len(pairs["stopped"][1])
-        no_worse = gain["repeated"] <= 2 * error["repeated"]
-        sound = gain["nll"] < 0 and no_worse and stops >= 0.95
-        beats = all(gain[metric] > 2 * error[metric] for metric in ("similarity", "token_f1"))
-        similar = sum(pairs["similarity"][1]) / len(pairs["similarity"][1])
-        order = (sound and beats, sound, similar if sound and beats else gain["similarity"])
-        candidates.append((order, name, decoding))
+    candidates = [(rank(pairs), name, decoding) for name, decoding, pairs in inner_results(out, fold)]
     if not candidates:
         raise WorkshopError(f"{out} holds no inner trial that leaves out fold {fold}: run the search longer.")
     order, name, decoding = max(candidates)
@@ -345,6 +336,21 @@ def choose(out: Path, fold: int) -> dict:
         "beyond doubt": order[0],
         "candidates": len(candidates),
     }
+
+
+def rank(pairs: dict[str, tuple[list, list]]) -> tuple[bool, bool, float]:
+    """What candidates are ordered by, of {metric: (base, tuned)}: see `choose`."""
+    gain, error = {}, {}
+    for metric in MEASURED:
+        values = [t - b for b, t in zip(*pairs[metric], strict=True)]
+        gain[metric] = sum(values) / len(values)
+        error[metric] = math.sqrt(sum((v - gain[metric]) ** 2 for v in values)) / len(values)
+    stops = sum(pairs["stopped"][1]) / len(pairs["stopped"][1])
+    no_worse = gain["repeated"] <= 2 * error["repeated"]
+    sound = gain["nll"] < 0 and no_worse and stops >= 0.95
+    beats = all(gain[metric] > 2 * error[metric] for metric in ("similarity", "token_f1"))
+    similar = sum(pairs["similarity"][1]) / len(pairs["similarity"][1])
+    return sound and beats, sound, similar if sound and beats else gain["similarity"]
 
 
 def inner_results(out: Path, fold: int | None = None):

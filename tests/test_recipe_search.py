@@ -11,13 +11,18 @@ from fiqa_helpers.generation import generate_answers
 NOISE = random.Random(0)
 
 
-@pytest.fixture(scope="module")
-def search(project):
+@pytest.fixture(scope="module", autouse=True)
+def scripts(project):
+    """benchmarks/ is a folder of scripts, no package."""
     sys.path.insert(0, str(project / "benchmarks"))
-    try:
-        import recipe_search
-    finally:
-        sys.path.pop(0)
+    yield
+    sys.path.remove(str(project / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def search():
+    import recipe_search
+
     return recipe_search
 
 
@@ -92,7 +97,8 @@ def test_side_by_side_is_each_decoding_alone(search, tiny_model, tiny_tokenizer)
     from transformers import LogitsProcessorList
 
     questions = ["What is a bond?", "Should I sell?"]
-    processors = LogitsProcessorList([search.side_by_side(len(questions), tiny_tokenizer.eos_token_id)])
+    end = tiny_tokenizer.eos_token_id
+    processors = LogitsProcessorList([search.side_by_side(search.DECODINGS, len(questions), end)])
     length = 120  # beyond the point where ending is made more likely
     made = generate_answers(
         tiny_model,
@@ -122,3 +128,20 @@ def test_training_rows_are_shortened_at_sentences(search):
     quoted = [{"question": "q", "ground_truths": ['"Buy ""low"". Sell high."']}]
     (row,) = search.prepared(quoted, search.Setting(unquoted=True, first_words=2))
     assert row["ground_truths"] == ['Buy "low".']
+
+
+def test_the_laptop_search_confirms_on_rows_that_nobody_has_looked_at():
+    """One of the 100 rows that the setting was chosen on among the 548 would make the confirmation none."""
+    import recipe_laptop
+
+    *folds, looked_at = recipe_laptop.rows_in_folds()
+    questions = [{row["question"] for row in rows} for rows in (*folds, looked_at)]
+    assert [len(rows) for rows in questions] == [
+        110,
+        110,
+        110,
+        109,
+        109,
+        100,
+    ]
+    assert len(set.union(*questions)) == 648
