@@ -136,12 +136,5 @@ def test_the_laptop_search_confirms_on_rows_that_nobody_has_looked_at():
 
     *folds, looked_at = recipe_laptop.rows_in_folds()
     questions = [{row["question"] for row in rows} for rows in (*folds, looked_at)]
-    assert [len(rows) for rows in questions] == [
-        110,
-        110,
-        110,
-        109,
-        109,
-        100,
-    ]
+    assert [len(rows) for rows in questions] == [110] * 3 + [109] * 2 + [100]
     assert len(set.union(*questions)) == 648
