@@ -51,7 +51,8 @@ def _charts(figure, view: View) -> None:
     if line := smooth(loss, view.total):
         left.plot(*zip(*line, strict=True), "-", lw=2.2, color=BLUE, label="training, smoothed")
     if validation:
-        left.plot(*zip(*validation, strict=True), "--D", lw=1.8, ms=5, color=ORANGE, label="validation")
+        whole = {"clip_on": False, "label": "validation"}  # the marker at step 0 stands on the axis
+        left.plot(*zip(*validation, strict=True), "--D", lw=1.8, ms=5, color=ORANGE, **whole)
     broken = [step for step, value in loss + validation if not math.isfinite(value)]
     if broken:
         left.plot(broken, [1.0] * len(broken), "x", color="#d1242f", transform=left.get_xaxis_transform(),
