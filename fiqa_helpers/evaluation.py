@@ -9,6 +9,8 @@ import asyncio
 import hashlib
 import json
 import logging
+import mmap
+import os
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -112,7 +114,7 @@ def evaluate(
             f"Another process evaluates the same model on the same rows in {folder}: wait for it or end it."
         ) from None
     scored = {result["problem_idx"]: result for result in bundle["_results"]}
-    answered = read_log(folder / ANSWERS_LOG)
+    answered = read_log(folder / ANSWERS_LOG, ("response", "completion_tokens", "finish_reason"))
     samples = [_sample(i, row, answered.get(i), scored[i], label) for i, row in enumerate(rows)]
     scores = bundle["benchmark"]["scores"]
     sdk = {name: scores[name] for name in ("mean_reward", "summary") if name in scores}
@@ -138,35 +140,43 @@ def open_folder(
     return folder, definition
 
 
-def prepare_logs(folder: Path) -> dict[int, dict]:
-    """Make the SDK's logs fit to go on with, and return the answers that they hold.
+def prepare_logs(folder: Path) -> set[int]:
+    """Make the SDK's logs fit to go on with, and return the numbers of the rows that they hold an answer to.
 
     A kill can leave half a line, to which the SDK would glue the next record. Scores are dropped, so that
     kept answers are scored anew, when the metrics were defined otherwise or when a scored answer is missing.
     """
     for name in (ANSWERS_LOG, SCORES_LOG):
         path = folder / name
-        if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-            with path.open("r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
-    answers, scores = read_log(folder / ANSWERS_LOG), read_log(folder / SCORES_LOG)
+        if path.exists() and path.stat().st_size:
+            with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                whole = content.rfind(b"\n") + 1
+            os.truncate(path, whole)
+    answers, scores = (set(read_log(folder / name, ())) for name in (ANSWERS_LOG, SCORES_LOG))
     marker = folder / "metrics.json"
-    if read_card(marker) != {"version": metrics.VERSION} or not set(scores) <= set(answers):
+    if read_card(marker) != {"version": metrics.VERSION} or not scores <= answers:
         (folder / SCORES_LOG).unlink(missing_ok=True)
         write_json(marker, {"version": metrics.VERSION})
     return answers
 
 
-def read_log(path: Path) -> dict[int, dict]:
-    """Records of one of the SDK's logs by row number, damaged lines left out; {} when there is none."""
+def read_log(path: Path, fields: Sequence[str] | None = None) -> dict[int, dict]:
+    """Records of one of the SDK's logs by row number, damaged lines left out; {} when there is none.
+
+    Of each record only `fields` are kept: a log of many rows, with prompts and references, is large.
+    """
     records = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if "problem_idx" in record:
-            records[record["problem_idx"]] = record
+    if not path.exists():
+        return records
+    with path.open("rb") as log:
+        for line in log:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if "problem_idx" in record:
+                kept = record if fields is None else {name: record[name] for name in fields}
+                records[record["problem_idx"]] = kept
     return records
 
 

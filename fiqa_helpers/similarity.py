@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
+MOST_KNOWN = 250_000  # vectors kept for texts that come again: 0.4 GiB
+
 
 class Similarity:
     """Cosine similarity of texts under all-MiniLM-L6-v2 (Reimers and Gurevych 2019, arXiv:1908.10084).
@@ -29,6 +31,8 @@ class Similarity:
         """Unit vectors, float32 of shape (texts, 384). An empty text is the zero vector, near to nothing."""
         import numpy as np
 
+        while len(self._known) > MOST_KNOWN:  # the oldest go
+            del self._known[next(iter(self._known))]
         new = [text for text in dict.fromkeys(texts) if (text, cut) not in self._known]
         pieces = [[(text, 1)] if cut else self.chunks(text) for text in new]
         flat = [piece for text in pieces for piece, _ in text]

@@ -76,7 +76,7 @@ import nemo_evaluator, rouge_score.rouge_scorer
 
 class AtOnce(ModelSolver):  # both models, the one that answers and the one that embeds, take no time here
     def _generate(self, questions):
-        return [Answer("pay off the debt, then save", True, 7) for question in questions]
+        return [Answer(f"pay off the debt, then ask again: {question}", True, 20) for question in questions]
 
     def identity(self):
         return {"model": "none"}
@@ -124,9 +124,9 @@ def write_rows(path: Path, number: int, fiqa_rows: list[dict]) -> Path:
     return path
 
 
-def check(few: dict, many: dict) -> None:
+def check(few: dict, many: dict, most_gib: float = MOST_GIB) -> None:
     for name, stage in many.items():
-        assert stage["above"] <= MOST_GIB, name
+        assert stage["above"] <= most_gib, name
         assert stage["seconds"] < 1.6 * MANY / FEW * few[name]["seconds"] + 2, name  # CPU time
 
 
@@ -144,7 +144,7 @@ def test_evaluating(tmp_path, fiqa_rows):
         measure(EVALUATE, str(write_rows(tmp_path / f"{n}.jsonl", n, fiqa_rows)), str(tmp_path / f"w{n}"))
         for n in (2_000, 20_000)  # ROUGE alone takes 3 ms a row
     )
-    check(few, many)
+    check(few, many, most_gib=MOST_GIB * 20_000 / MANY)
 
 
 def test_comparing_answers(tmp_path):
