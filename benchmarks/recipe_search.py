@@ -30,16 +30,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fiqa_helpers import assets, data, metrics, model, notebook, profiles
+from fiqa_helpers.answer_filter import LINK, unquoted
 from fiqa_helpers.errors import WorkshopError
 from fiqa_helpers.runcard import read_card, write_card, write_json
+from fiqa_helpers.solvers import Decoding
 
 FOLDS = 5
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MEASURED = ("similarity", "token_f1", "nll", "stopped", "repeated", "tokens")
 DECODINGS = {  # keywords of `generate`, for base and tuned alike; all greedy
     "greedy": {},
-    "no_repeat": {"no_repeat_ngram_size": 4},
-    "no_repeat, ends": {"no_repeat_ngram_size": 4, "exponential_decay_length_penalty": (100, 1.015)},
+    "no_repeat": Decoding(no_repeat_ngram_size=4).keywords(),
+    "no_repeat, ends": Decoding(no_repeat_ngram_size=4, end_after=100).keywords(),
 }
 OUTER_SECONDS = 80  # kept for the trials on the folds themselves
 
@@ -299,10 +301,9 @@ def prepared(rows: list[dict], setting: Setting) -> list[dict]:
     kept = []
     for row in rows:
         answer = row["ground_truths"][0]
-        link = "http" in answer or "www." in answer
-        if setting.shortest <= len(answer.split()) <= setting.longest and (setting.links or not link):
-            if setting.unquoted and answer[0] == answer[-1] == '"':
-                answer = answer[1:-1].replace('""', '"').strip()
+        sized = setting.shortest <= len(answer.split()) <= setting.longest
+        if sized and (setting.links or not LINK.search(answer)):
+            answer = unquoted(answer) if setting.unquoted else answer
             answer = beginning(answer, setting.first_words) if setting.first_words else answer
             kept.append({"question": row["question"], "ground_truths": [answer]})
     return kept

@@ -99,6 +99,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="forbid any N tokens in a row to occur twice; 0: don't",
     )
+    evaluate.add_argument(
+        "--end-after",
+        type=int,
+        default=0,
+        metavar="N",
+        help="after N tokens each further one makes the end of an answer more likely; 0: none does",
+    )
     evaluate.add_argument("--endpoint", default="", metavar="URL", help="a server that answers, like vLLM's")
     evaluate.add_argument("--endpoint-base", default="", metavar="NAME", help="the base model's name there")
     evaluate.add_argument("--endpoint-tuned", default="", metavar="NAME", help="the tuned model's name there")

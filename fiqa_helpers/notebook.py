@@ -35,6 +35,7 @@ RANGES = {  # of the notebooks' own parameters; those of a profile are in overri
     "sampling_seed": (0, 2**32 - 1),
     "rows": (0, 100_000_000),
     "no_repeat_ngram_size": (0, 1000),
+    "end_after": (0, 8192),
     "recipe_steps": (-1, 1_000_000),
     "processes": (1, 4096),
 }

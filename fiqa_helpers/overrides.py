@@ -22,6 +22,7 @@ RANGES = {
     "lora_rank": (1, 1024),
     "lora_alpha": (1, 4096),
     "lora_dropout": (0.0, 0.9),
+    "longest_answer": (0, 100_000),
     "train_rows": (-1, 100_000_000),
     "eval_rows": (-1, 100_000_000),
     "eval_steps": (1, 1_000_000),

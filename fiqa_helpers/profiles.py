@@ -32,6 +32,7 @@ class Profile:
     lora_dropout: float
     lora_targets: tuple[str, ...]
     gradient_checkpointing: bool
+    longest_answer: int  # words; rows with more, with links or next to no words go; 0 keeps all
     train_rows: int  # rows used for training; -1 means all
     eval_rows: int  # validation rows; -1 means all
     eval_steps: int  # optimizer steps between evaluations (and checkpoints)
@@ -68,6 +69,7 @@ REFERENCE = Profile(
     lora_dropout=0.05,
     lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"),
     gradient_checkpointing=True,
+    longest_answer=0,
     train_rows=-1,
     eval_rows=-1,
     eval_steps=50,

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from nemo_evaluator import SeedResult, SolveResult
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+END_GROWTH = 1.015
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -25,6 +27,16 @@ class Decoding:
 
     max_new_tokens: int = 128
     no_repeat_ngram_size: int = 0  # 4 forbids a second occurrence of any four tokens; 0 forbids nothing
+    end_after: int = 0  # tokens; each further one makes the end more likely by END_GROWTH; 0: none does
+
+    def keywords(self) -> dict[str, object]:
+        """What `generate` is given beside the length."""
+        wanted: dict[str, object] = {}
+        if self.no_repeat_ngram_size:
+            wanted["no_repeat_ngram_size"] = self.no_repeat_ngram_size
+        if self.end_after:
+            wanted["exponential_decay_length_penalty"] = (self.end_after, END_GROWTH)
+        return wanted
 
 
 class Stopped(BaseException):
@@ -122,9 +134,7 @@ class ModelSolver:
             self.in_batch = len(questions) * made / self.decoding.max_new_tokens
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-        more = {"stopping_criteria": StoppingCriteriaList([after_token])}
-        if self.decoding.no_repeat_ngram_size:
-            more["no_repeat_ngram_size"] = self.decoding.no_repeat_ngram_size
+        more = {"stopping_criteria": StoppingCriteriaList([after_token]), **self.decoding.keywords()}
         try:
             with self.active():
                 length = self.decoding.max_new_tokens
@@ -148,10 +158,11 @@ class EndpointSolver:
         style: str = "plain",
         decoding: Decoding = Decoding(),
     ):
-        if decoding.no_repeat_ngram_size:
-            raise WorkshopError(
-                "no_repeat_ngram_size is not part of the OpenAI protocol: set it to 0 for an endpoint."
-            )
+        for name in ("no_repeat_ngram_size", "end_after"):
+            if getattr(decoding, name):
+                raise WorkshopError(
+                    f"{name} is not part of the OpenAI protocol: set it to 0 for an endpoint."
+                )
         self.url, self.name, self.decoding = url.rstrip("/"), name, decoding
         self.style, self.tokenizer = style, tokenizer
         self._solver = None

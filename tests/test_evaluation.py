@@ -509,8 +509,9 @@ def test_a_server_that_fails_is_named(workspace, rows, tiny_tokenizer, similarit
         evaluate(workspace, rows, EndpointSolver(url, "breaks", tiny_tokenizer), similarity, "tuned")
     with pytest.raises(WorkshopError, match="No OpenAI-compatible server"):
         EndpointSolver("http://127.0.0.1:9/v1", "base", tiny_tokenizer).check()
-    with pytest.raises(WorkshopError, match="no_repeat_ngram_size"):
-        EndpointSolver(url, "base", tiny_tokenizer, "plain", Decoding(6, 4))
+    for decoding, name in ((Decoding(6, 4), "no_repeat_ngram_size"), (Decoding(6, 0, 3), "end_after")):
+        with pytest.raises(WorkshopError, match=f"{name} is not part of the OpenAI protocol"):
+            EndpointSolver(url, "base", tiny_tokenizer, "plain", decoding)
 
 
 def test_files_hold_every_row_and_the_plots_say_what_they_show(
