@@ -11,7 +11,7 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 FEW, MANY = 10_000, 100_000
-MOST_GIB = 1.5
+MOST_GIB, VECTORS_GIB = 1.5, 0.42
 
 STAGES = """
 import json, random, re, sys, time
@@ -144,7 +144,8 @@ def test_evaluating(tmp_path, fiqa_rows):
         measure(EVALUATE, str(write_rows(tmp_path / f"{n}.jsonl", n, fiqa_rows)), str(tmp_path / f"w{n}"))
         for n in (2_000, 20_000)  # ROUGE alone takes 3 ms a row
     )
-    check(few, many, most_gib=MOST_GIB * 20_000 / MANY)
+    # the vectors kept have a limit of their own, what is left grows with the rows
+    check(few, many, most_gib=VECTORS_GIB + (MOST_GIB - VECTORS_GIB) * 20_000 / MANY)
 
 
 def test_comparing_answers(tmp_path):
