@@ -158,10 +158,10 @@ class EndpointSolver:
         style: str = "plain",
         decoding: Decoding = Decoding(),
     ):
-        for name in ("no_repeat_ngram_size", "end_after"):
-            if getattr(decoding, name):
+        for setting in ("no_repeat_ngram_size", "end_after"):
+            if getattr(decoding, setting):
                 raise WorkshopError(
-                    f"{name} is not part of the OpenAI protocol: set it to 0 for an endpoint."
+                    f"{setting} is not part of the OpenAI protocol: set it to 0 for an endpoint."
                 )
         self.url, self.name, self.decoding = url.rstrip("/"), name, decoding
         self.style, self.tokenizer = style, tokenizer
