@@ -180,7 +180,8 @@ cd {project}
 
 export HF_HUB_OFFLINE=1  # fetch the model on the login node first: jobs often have no network
 export TOKENIZERS_PARALLELISM=false
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
+head_node=${{nodes[0]}}  # not `| head`: under pipefail a scontrol that still writes would end the job
 
 # one torchrun a node; each starts {gpus} processes, one a GPU
 status=0

@@ -547,7 +547,8 @@ def test_batch_file(run, tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
-    (tools / "scontrol").write_text("#!/bin/bash\nprintf 'node-7\\nnode-8\\n'\n")
+    # a reader that leaves after the first line would end this scontrol, and under pipefail the job
+    (tools / "scontrol").write_text("#!/bin/bash\necho node-7; sleep 0.2; echo node-8\n")
     for tool in tools.iterdir():
         tool.chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "node-[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "99"}
