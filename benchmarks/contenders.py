@@ -281,11 +281,9 @@ def nemo_native(steps: int, folder: str) -> dict:
     from nemo_automodel.components._peft.lora import PeftConfig
     from torch.nn import functional
 
-    from fiqa_helpers.model import reference_config
-
     lora = PeftConfig(target_modules=[f"*{name}" for name in TARGETS], dim=8, alpha=32, dropout=0.05)
-    model = NeMoAutoModelForCausalLM.from_config(
-        reference_config(),
+    model = NeMoAutoModelForCausalLM.from_pretrained(
+        str(random_folder()),  # from a configuration it takes minutes: it fills the weights on the CPU
         dtype=torch.bfloat16,
         force_hf=False,
         attn_implementation="sdpa",
@@ -362,7 +360,9 @@ def random_folder() -> Path:
     """A checkpoint of the random 8B model, for peers that load from a folder (`random_8b.py` makes it)."""
     folder = Path(os.environ.get("FIQA_RANDOM_8B", ""))
     if not (folder / "config.json").exists():
-        sys.exit("Set FIQA_RANDOM_8B to a folder that benchmarks/random_8b.py made: Unsloth loads from one.")
+        sys.exit(
+            "Set FIQA_RANDOM_8B to a folder that benchmarks/random_8b.py made: this peer loads from one."
+        )
     return folder
 
 

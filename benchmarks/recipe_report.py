@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from recipe_search import DECODINGS, FOLDS, MEASURED, SETTINGS, Setting, inner_results, load_folds
+from recipe_search import DECODINGS, FOLDS, MEASURED, SETTINGS, Setting, inner_results, load_folds, read_trial
 
 from fiqa_helpers import metrics, notebook
 from fiqa_helpers.evaluation import Evaluated
@@ -70,9 +70,9 @@ def incomplete(out: Path) -> list[str]:
     """Settings that failed, or that time did not reach, one line each."""
     lines = []
     for name in SETTINGS:
-        trials = [(read_card(out / "inner" / f"{pair}.json") or {}).get(name) for pair in range(FOLDS)]
-        for pair, trial in enumerate(trials):
-            if trial is None:
+        for pair in range(FOLDS):
+            trial = read_trial(out, pair, name)
+            if not trial:
                 lines.append(f"- {name}, pair {pair}: not run, time was up")
             elif "failed" in trial:
                 lines.append(f"- {name}, pair {pair}: {trial['failed']}")

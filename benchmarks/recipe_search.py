@@ -5,12 +5,12 @@ with settings that were chosen without it: `inner` trials leave out two neighbou
 three and measure both, so that the choice for a fold looks only at rows outside of it. The comparison on all
 rows is made once, out of fold. What was tried is kept, failures too.
 
-    python benchmarks/recipe_search.py --out FOLDER --workers 5 --minutes 8 --overrides \
+    python benchmarks/recipe_search.py --out FOLDER --workers 10 --minutes 8 --overrides \
         "{device: cuda, dtype: bfloat16, max_length: 1024, tokens_per_batch: 8192, batch_size: 16,
         max_new_tokens: 256}"
 
 A run that is out of time, or killed, goes on with the same command. `recipe_report.py` makes the tables. All
-decodings of a trial are generated as one batch, and the workers share the card: a model this small does not
+decodings of a trial are generated as one batch, and the workers share the cards: a model this small does not
 fill one. Try it first, in a minute or two, with `--rows 100 --cap-steps 5 --settings "reference;beginnings"`.
 
 On a machine with a hand-made environment: the packaged weights are unpacked by `gguf`, which imports
@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ from fiqa_helpers import assets, data, metrics, model, notebook, profiles
 from fiqa_helpers.answer_filter import LINK, unquoted
 from fiqa_helpers.errors import WorkshopError
 from fiqa_helpers.runcard import read_card, write_card, write_json
+from fiqa_helpers.similarity import Similarity
 from fiqa_helpers.solvers import Decoding
 
 FOLDS = 5
@@ -60,16 +62,26 @@ class Setting:
     longest: int = 100_000  # words
     links: bool = True  # whether answers with links are kept
     first_words: int = 0  # whole sentences from the start, at most so many words; 0 is the whole answer
+    off_topic: float = 0.0  # share of the answers left out: those least similar to their own question
+    topical_words: int = 0  # as first_words, of the sentences most similar to the question, in their order
     unquoted: bool = False  # takes off the CSV quotes that stand around a third of the answers
     prompt: str = "plain"
     most_steps: int = 0  # the schedule ends there; 0 is all of the epochs
 
 
 BRIEF = Setting(5e-4, 2, shortest=20, links=False, first_words=100, unquoted=True)
+TOPICAL = replace(BRIEF, first_words=0, topical_words=60)
 SETTINGS = {  # the most promising first, as time may run out
     "reference": Setting(),
     "beginnings": BRIEF,
+    "topical sentences": TOPICAL,
+    "topical sentences, all linear": replace(TOPICAL, rank=16, all_linear=True),
+    "topical sentences, half the rows": replace(TOPICAL, off_topic=0.5, epochs=4),
     "beginnings, all linear": replace(BRIEF, rank=16, all_linear=True),
+    "beginnings, half the rows": replace(BRIEF, off_topic=0.5, epochs=4),
+    "topical sentences, 4 epochs": replace(TOPICAL, epochs=4),
+    "topical sentences, chat": replace(TOPICAL, prompt="chat"),
+    "topical 30 words": replace(TOPICAL, topical_words=30),
     "short answers only": Setting(5e-4, 3, shortest=20, longest=120, links=False),
     "beginnings, anchored": replace(BRIEF, anchor=0.5),
     "beginnings, faster": replace(BRIEF, learning_rate=1e-3),
@@ -96,8 +108,6 @@ class Search:
     def __init__(self, args: argparse.Namespace):
         from rouge_score.rouge_scorer import RougeScorer
 
-        from fiqa_helpers.similarity import Similarity
-
         self.args, self.out = args, Path(args.out)
         self.profile = profiles.load_profile(args.profile, args.overrides)
         self.folds = load_folds(args.rows)
@@ -115,19 +125,16 @@ class Search:
         styles = sorted({SETTINGS[name].prompt for name in self.args.settings})
         write_json(path, {style: self.measure(self.model, self.folds[fold], style, True) for style in styles})
 
-    def inner(self, pair: int) -> None:
-        """Every setting on the three folds outside of `pair`, measured on its two, to `inner/PAIR.json`."""
-        path = self.out / "inner" / f"{pair}.json"
-        done = read_card(path) or {}
+    def inner(self, pair: int, name: str) -> None:
+        """A setting on the three folds outside of `pair`, measured on its two, to `inner/PAIR/NAME.json`."""
+        path = self.out / "inner" / str(pair) / f"{name}.json"
+        if path.exists():
+            return
+        if time.time() + self.slowest > self.args.deadline - OUTER_SECONDS:
+            print(f"Pair {pair}: out of time before {name!r}.", flush=True)
+            return
         left_out = (pair, (pair + 1) % FOLDS)
-        for name in self.args.settings:
-            if name in done:
-                continue
-            if time.time() + self.slowest > self.args.deadline - OUTER_SECONDS:
-                print(f"Pair {pair}: out of time before {name!r}.", flush=True)
-                break
-            done[name] = self.trial(name, left_out, seed=pair, keep_answers=False)
-            write_json(path, done)
+        write_json(path, self.trial(name, left_out, seed=pair, keep_answers=False))
 
     def outer(self, fold: int) -> None:
         """The reference setting and the chosen one on the four other folds, measured on `fold`."""
@@ -145,7 +152,7 @@ class Search:
         setting, started = self.settings[name], time.time()
         rows = [row for fold in range(FOLDS) if fold not in left_out for row in self.folds[fold]]
         try:
-            tuned, log = self.train(setting, prepared(rows, setting), seed)
+            tuned, log = self.train(setting, prepared(rows, setting, self.similarity), seed)
             merged = copy.deepcopy(tuned).merge_and_unload()
             self.model = tuned.unload()
             trained = time.time()
@@ -255,7 +262,7 @@ class Search:
 def side_by_side(decodings: dict[str, dict], rows: int, end: int):
     """A logits processor that treats each `rows` rows of the batch by the next of `decodings`."""
     import torch
-    from transformers import ExponentialDecayLengthPenalty, LogitsProcessorList, NoRepeatNGramLogitsProcessor
+    from transformers import ExponentialDecayLengthPenalty, LogitsProcessorList
 
     made: list = []
 
@@ -264,13 +271,28 @@ def side_by_side(decodings: dict[str, dict], rows: int, end: int):
             for wanted in decodings.values():
                 parts = LogitsProcessorList()
                 if "no_repeat_ngram_size" in wanted:
-                    parts.append(NoRepeatNGramLogitsProcessor(wanted["no_repeat_ngram_size"]))
+                    parts.append(no_repeat(wanted["no_repeat_ngram_size"]))
                 if "exponential_decay_length_penalty" in wanted:
                     decay = wanted["exponential_decay_length_penalty"]
                     parts.append(ExponentialDecayLengthPenalty(decay, end, ids.shape[1]))
                 made.append(parts)
         groups = zip(made, ids.split(rows), scores.split(rows), strict=True)
         return torch.cat([parts(part, values) for parts, part, values in groups])
+
+    return process
+
+
+def no_repeat(size: int):
+    """transformers' NoRepeatNGramLogitsProcessor without its Python loop, which keeps the GPU waiting."""
+    import torch
+
+    def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] < size:
+            return scores
+        grams = ids.unfold(1, size, 1)
+        begun = (grams[..., :-1] == ids[:, None, 1 - size :]).all(-1)
+        times = torch.zeros_like(scores).scatter_add_(1, grams[..., -1], begun.to(scores.dtype))
+        return scores.masked_fill(times > 0, -math.inf)
 
     return process
 
@@ -296,28 +318,56 @@ def anchored_trainer(weight: float):
     return Anchored if weight else AnswerTrainer
 
 
-def prepared(rows: list[dict], setting: Setting) -> list[dict]:
-    """The training rows as the setting wants them: filtered, answers cleaned and shortened."""
+def prepared(rows: list[dict], setting: Setting, similarity: Similarity | None = None) -> list[dict]:
+    """The training rows as the setting wants them: filtered, answers cleaned and shortened.
+
+    `similarity` is needed where the setting asks what an answer has to do with its question.
+    """
     kept = []
     for row in rows:
         answer = row["ground_truths"][0]
         sized = setting.shortest <= len(answer.split()) <= setting.longest
         if sized and (setting.links or not LINK.search(answer)):
             answer = unquoted(answer) if setting.unquoted else answer
-            answer = beginning(answer, setting.first_words) if setting.first_words else answer
             kept.append({"question": row["question"], "ground_truths": [answer]})
+    if setting.off_topic:
+        near = [similarity.best(row["question"], row["ground_truths"])[0] for row in kept]
+        least = sorted(near)[int(setting.off_topic * len(near))]
+        kept = [row for row, value in zip(kept, near, strict=True) if value >= least]
+    for row in kept:
+        answer = row["ground_truths"][0]
+        if setting.first_words:
+            row["ground_truths"] = [beginning(answer, setting.first_words)]
+        if setting.topical_words:
+            row["ground_truths"] = [topical(row["question"], answer, setting.topical_words, similarity)]
     return kept
+
+
+def sentences_of(answer: str) -> list[str]:
+    return re.split(r"(?<=[.!?])\s+", answer.strip())
 
 
 def beginning(answer: str, words: int) -> str:
     """Whole sentences from the start of `answer`, at most `words` words, but at least one sentence."""
-    sentences = re.split(r"(?<=[.!?])\s+", answer.strip())
+    sentences = sentences_of(answer)
     kept = sentences[:1]
     for sentence in sentences[1:]:
         if len(" ".join([*kept, sentence]).split()) > words:
             break
         kept.append(sentence)
     return " ".join(kept)
+
+
+def topical(question: str, answer: str, words: int, similarity: Similarity) -> str:
+    """The sentences of `answer` nearest to the question, in their order, as far as `words` words reach."""
+    sentences = sentences_of(answer)
+    near = similarity.embed(sentences) @ similarity.embed([question])[0]
+    kept: list[int] = []
+    for place in sorted(range(len(sentences)), key=lambda place: -near[place]):
+        if kept and sum(len(sentences[i].split()) for i in [*kept, place]) > words:
+            break
+        kept.append(place)
+    return " ".join(sentences[place] for place in sorted(kept))
 
 
 def choose(out: Path, fold: int) -> dict:
@@ -363,9 +413,9 @@ def inner_results(out: Path, fold: int | None = None):
     seen = [(pair, place) for pair in range(FOLDS) for place in (pair, (pair + 1) % FOLDS)]
     if fold is not None:
         seen = [(fold, (fold + 1) % FOLDS), ((fold - 1) % FOLDS, (fold - 1) % FOLDS)]
-    trials = {pair: read_card(out / "inner" / f"{pair}.json") or {} for pair, _ in seen}
     for name, setting in SETTINGS.items():
-        if any("found" not in trials[pair].get(name, {}) for pair, _ in seen):
+        trials = {pair: read_trial(out, pair, name) for pair, _ in seen}
+        if any("found" not in trial for trial in trials.values()):
             continue  # one part failed, or time ran out
         for decoding in DECODINGS:
             pairs = {metric: ([], []) for metric in MEASURED}
@@ -375,8 +425,13 @@ def inner_results(out: Path, fold: int | None = None):
                 cut = slice(rows) if pair == place else slice(-rows, None)
                 for metric, (before, after) in pairs.items():
                     before += columns[metric]
-                    after += trials[pair][name]["found"][decoding][metric][cut]
+                    after += trials[pair]["found"][decoding][metric][cut]
             yield name, decoding, pairs
+
+
+def read_trial(out: Path, pair: int, name: str) -> dict:
+    """What an inner trial has found; {} if it was not run."""
+    return read_card(out / "inner" / str(pair) / f"{name}.json") or {}
 
 
 def load_folds(rows: int = 0) -> list[list[dict]]:
@@ -404,15 +459,29 @@ def wait_for(paths: list[Path]) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """What one worker does: its folds' base and inner trials, then, when all are done, the outer ones."""
-    search, own = Search(args), range(FOLDS)[args.worker :: args.workers]
-    for fold in own:
-        search.base(fold)
-        search.inner(fold)
-        (search.out / "inner" / f"{fold}.{args.run}.done").touch()
-    wait_for([search.out / "inner" / f"{fold}.{args.run}.done" for fold in range(FOLDS)])
-    for fold in own:
-        search.outer(fold)
+    """What one worker does: the next task that nobody has taken, and outer trials when all are done."""
+    search = Search(args)
+    claims = search.out / "claims" / args.run
+
+    def claim(task: str) -> bool:
+        try:
+            (claims / task).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    for fold in range(FOLDS):
+        if claim(f"base {fold}"):
+            search.base(fold)
+    for name in args.settings:
+        for pair in range(FOLDS):
+            if claim(f"{name} {pair}"):
+                search.inner(pair, name)
+    claim(f"done {args.worker}")
+    wait_for([claims / f"done {number}" for number in range(args.workers)])
+    for fold in range(FOLDS):
+        if claim(f"outer {fold}"):
+            search.outer(fold)
 
 
 def main() -> None:
@@ -424,7 +493,7 @@ def main() -> None:
     parser.add_argument("--overrides", default="", help="YAML, as in the notebooks")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no inner trial that ends later")
     parser.add_argument("--settings", type=lambda text: text.split(";"), default=list(SETTINGS), help="a;b;c")
-    parser.add_argument("--workers", type=int, default=1, help="processes that share the device, at most 5")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the devices")
     parser.add_argument("--batch", type=int, default=780, help="answers in one generate")
     parser.add_argument("--rows", type=int, default=0, help="use so many rows (0: all 648)")
     parser.add_argument("--cap-steps", type=int, default=0, help="at most so many steps, to try the script")
@@ -437,18 +506,23 @@ def main() -> None:
         work(args)
         return
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers that spin take each other's cores
-    started, out = time.time(), Path(args.out)
-    for name in ("base", "inner", "outer"):
+    from torch.cuda import device_count
+
+    started, out, run = time.time(), Path(args.out), str(os.getpid())
+    for name in ("base", "outer", f"claims/{run}", *(f"inner/{pair}" for pair in range(FOLDS))):
         (out / name).mkdir(parents=True, exist_ok=True)
     assets.minilm_folder(), assets.fiqa_test_file(), assets.smollm2_folder()  # once, before the workers
-    common = ["--deadline", str(started + 60 * args.minutes), "--run", str(os.getpid())]
+    common = ["--deadline", str(started + 60 * args.minutes), "--run", run]
+    gpus = max(1, device_count())
     workers = [
-        subprocess.Popen([sys.executable, __file__, *sys.argv[1:], *common, "--worker", str(number)])
+        subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:], *common, "--worker", str(number)],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(number % gpus)},
+        )
         for number in range(args.workers)
     ]
     failed = [worker.args[-1] for worker in workers if worker.wait()]
-    for done in (out / "inner").glob("*.done"):
-        done.unlink()
+    shutil.rmtree(out / "claims")
     profile = asdict(profiles.load_profile(args.profile, args.overrides))
     seconds = round(time.time() - started)
     write_card(out / "search.json", seconds=seconds, arguments=sys.argv[1:], profile=profile, failed=failed)

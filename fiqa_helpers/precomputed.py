@@ -49,7 +49,7 @@ class KeptRun:
         )
 
     def notebook(self, number: str) -> dict:
-        """The run card of one of its notebooks, "00" to "06"."""
+        """The run card of one of its notebooks, "01" to "06"."""
         return self._card("run_cards", f"{number}.json")
 
     @cached_property

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Make notebooks/precomputed/ out of a finished run: `python scripts/make_precomputed.py WORKDIR`.
 
-WORKDIR holds what notebooks 00 to 06 wrote with one profile: `outputs/` and `checkpoints/final_model/`. Its
+WORKDIR holds what notebooks 01 to 06 wrote with one profile: `outputs/` and `checkpoints/final_model/`. Its
 run cards are taken over as they are, except for paths of the machine that made them. The adapter is rounded
 to bf16, which halves its file; pictures get a palette. `--page` writes only the page of the folder again.
 """
@@ -26,7 +26,7 @@ from fiqa_helpers.runcard import read_card, write_json  # noqa: E402
 
 LIMIT = 2_000_000  # bytes of everything
 TEMPLATE = Path(__file__).with_name("precomputed_page.md")
-NOTEBOOKS = ("00", "01", "02", "03", "04", "05", "06")
+NOTEBOOKS = ("01", "02", "03", "04", "05", "06")
 PLOTS = ("01_answer_words", "01_topics", "02_token_lengths", "02_padding_waste", "06_differences")
 
 

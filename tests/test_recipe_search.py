@@ -41,12 +41,11 @@ def columns(search, rows, gain):
 
 def results(search, out, gains, rows=20):
     """The files of a search: base answers, and inner trials that gain `gains[name](pair, fold)`."""
-    for name in ("base", "inner"):
-        (out / name).mkdir()
+    (out / "base").mkdir()
     for fold in range(search.FOLDS):
         base = columns(search, rows, 0.0)
         (out / "base" / f"{fold}.json").write_text(json.dumps({"plain": base, "chat": base}))
-        trials = {}
+        (out / "inner" / str(fold)).mkdir(parents=True)
         for name, gain in gains.items():
             parts = [columns(search, rows, gain(fold, place)) for place in (fold, (fold + 1) % search.FOLDS)]
             joined = {
@@ -55,8 +54,7 @@ def results(search, out, gains, rows=20):
                 }
                 for decoding, found in parts[0].items()
             }
-            trials[name] = {"found": joined}
-        (out / "inner" / f"{fold}.json").write_text(json.dumps(trials))
+            (out / "inner" / str(fold) / f"{name}.json").write_text(json.dumps({"found": joined}))
 
 
 def test_the_choice_for_a_fold_does_not_see_it(search, tmp_path):
@@ -73,11 +71,11 @@ def test_the_choice_for_a_fold_does_not_see_it(search, tmp_path):
 def test_damage_is_not_chosen_for_its_similarity(search, tmp_path):
     """More similarity at the price of answers that never end is what the search is there to avoid."""
     results(search, tmp_path, {"reference": lambda *_: 0.1, "beginnings": lambda *_: 0.3})
-    for path in (tmp_path / "inner").iterdir():
-        trials = json.loads(path.read_text())
-        for found in trials["beginnings"]["found"].values():
+    for path in (tmp_path / "inner").glob("*/beginnings.json"):
+        trial = json.loads(path.read_text())
+        for found in trial["found"].values():
             found["stopped"] = [0] * len(found["stopped"])
-        path.write_text(json.dumps(trials))
+        path.write_text(json.dumps(trial))
     chosen = search.choose(tmp_path, 0)
     assert chosen["setting"] == "reference"
     assert chosen["beyond doubt"]
@@ -86,8 +84,7 @@ def test_damage_is_not_chosen_for_its_similarity(search, tmp_path):
 def test_a_setting_that_time_cut_off_is_no_candidate(search, tmp_path):
     """Half a setting's trials would be compared with whole ones, on other rows."""
     results(search, tmp_path, {"reference": lambda *_: 0.1, "beginnings": lambda *_: 0.3})
-    path = tmp_path / "inner" / "0.json"
-    path.write_text(json.dumps({"reference": json.loads(path.read_text())["reference"]}))
+    (tmp_path / "inner" / "0" / "beginnings.json").unlink()
     assert search.choose(tmp_path, 0)["setting"] == "reference"
     assert search.choose(tmp_path, 3)["setting"] == "beginnings"
 
@@ -128,6 +125,19 @@ def test_training_rows_are_shortened_at_sentences(search):
     quoted = [{"question": "q", "ground_truths": ['"Buy ""low"". Sell high."']}]
     (row,) = search.prepared(quoted, search.Setting(unquoted=True, first_words=2))
     assert row["ground_truths"] == ['Buy "low".']
+
+
+def test_training_answers_on_their_topic(search):
+    """Sentences in the wrong order, or the rows farthest from their question, would be what is learned."""
+    from fiqa_helpers.similarity import Similarity
+
+    answer = "I like tea. A mortgage is a loan for a house. It rained. The house secures the mortgage loan."
+    rows = [
+        {"question": "What is a mortgage loan?", "ground_truths": [text]} for text in (answer, "It rained.")
+    ]
+    setting = search.Setting(topical_words=15, off_topic=0.5)
+    (row,) = search.prepared(rows, setting, Similarity())
+    assert row["ground_truths"] == ["A mortgage is a loan for a house. The house secures the mortgage loan."]
 
 
 def test_the_laptop_search_confirms_on_rows_that_nobody_has_looked_at():
