@@ -1,4 +1,4 @@
-"""Write the README's speed table and docs/images/speed.png from the files in benchmarks/results/.
+"""Write the README's speed tables and docs/images/speed.png and curves.png from benchmarks/results/.
 
     python benchmarks/report.py
 
@@ -10,14 +10,18 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
-PICTURE = HERE.parent / "docs" / "images" / "speed.png"
+IMAGES = HERE.parent / "docs" / "images"
 VERSIONS = ("torch", "triton", "transformers", "peft", "trl", "liger-kernel")
 BEGIN, END = "<!-- speed: written by benchmarks/report.py -->", "<!-- end of speed -->"
 
 
 def load() -> dict:
     """{"date": ..., "runs": [one for each contender]}"""
-    return json.loads((HERE / "results" / "gpu.json").read_text(encoding="utf-8"))
+    return read("gpu")
+
+
+def read(name: str) -> dict:
+    return json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def section(results: dict) -> str:
@@ -36,8 +40,6 @@ def section(results: dict) -> str:
         f"{run['peak_reserved_gib']:.1f} | {best / run['tokens_per_second']:.1f} x |"
         for run in runs
     ]
-    versions = ", ".join(f"{name} {machine[name]}" for name in VERSIONS)
-    versions = ", ".join(f"{name} {machine[name]}" for name in VERSIONS)
     lines += [
         "",
         f"Measured {results['date']} on one {machine['gpu']},",
@@ -45,21 +47,61 @@ def section(results: dict) -> str:
         "the exact 8B architecture with **random weights** (speed and memory do not depend on them; nothing",
         "about learning can be read here), rows of FiQA's lengths, 16 a step, real tokens counted.",
         "MFU is the share of this card's own bf16 matrix rate,",
-        f"{min(rates):.0f} to {max(rates):.0f} TFLOP/s. Versions: {versions};",
-        "those pinned here are newer in torch and triton. Settings:",
-        "[benchmarks/contenders.py](benchmarks/contenders.py); what was tried:",
-        "[benchmarks/LOG.md](benchmarks/LOG.md).",
+        f"{min(rates):.0f} to {max(rates):.0f} TFLOP/s. Versions: {versions(machine)};",
+        "those pinned here are newer in torch and triton.",
     ]
-    recipe = json.loads((HERE / "results" / "recipe.json").read_text(encoding="utf-8"))
+    if unsloth := [run["machine"] for run in runs if run["name"].startswith("unsloth")]:
+        lines += [f"Unsloth {unsloth[0]['unsloth']} needs its own: {versions(unsloth[0])}."]
     lines += [
+        "Settings: [benchmarks/contenders.py](benchmarks/contenders.py); what was tried:",
+        "[benchmarks/LOG.md](benchmarks/LOG.md).",
         "",
-        "The same run as a NeMo AutoModel recipe (notebook 07), padded, on that card:",
-        f"{recipe['tokens_per_second']:,.0f} tokens/s,",
-        f"{recipe['peak_allocated_gib_first_gpu']:.1f} GiB allocated.",
+        *recipe_lines(),
     ]
     if missing:
         lines += ["", f"Not measured, as the time on the card ran out: {', '.join(missing)}."]
     return "\n".join(lines)
+
+
+def versions(machine: dict) -> str:
+    return ", ".join(f"{name} {machine[name]}" for name in VERSIONS if name in machine)
+
+
+def recipe_lines() -> list[str]:
+    """The table of the recipe on one and two GPUs."""
+    one, two = read("recipe"), read("recipe_2gpu")
+    lines = [
+        "The same training as a NeMo AutoModel recipe (notebook 07): rows padded, FSDP2, 16 rows a step,",
+        f"{two['local_batch_size']} a GPU at a time, random weights, on one host with two such cards:",
+        "",
+        "| GPUs | tokens/s | GiB allocated on the first | of twice one GPU's rate |",
+        "|---|---|---|---|",
+    ]
+    for card, efficiency in ((one, ""), (two, f"{two['against']['scaling_efficiency']:.0%}")):
+        cells = [f"{card['gpus']}", f"{card['tokens_per_second']:,.0f}"]
+        cells += [f"{card['peak_allocated_gib_first_gpu']:.1f}", efficiency]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "What holds the second GPU back is in the log."]
+    return lines
+
+
+def curves_picture() -> None:
+    """Training and validation loss of the packed and the padded run, one over the other."""
+    from matplotlib.figure import Figure
+
+    found = read("curves")
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots()
+    looks = {"padded": {"lw": 3, "color": "0.7"}, "packed": {"lw": 1, "color": "0"}}
+    for name, look in looks.items():
+        run = found["runs"][name]
+        steps = range(1, len(run["training"]) + 1)
+        axes.plot(steps, run["training"], label=f"{name}: training", **look)
+        places = [found["profile"]["eval_steps"] * i for i in range(len(run["validation"]))]
+        axes.plot(places, run["validation"], "sD"[name == "packed"], label=f"{name}: validation", **look)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per answer token")
+    axes.legend(frameon=False, ncols=2)
+    figure.savefig(IMAGES / "curves.png", dpi=110)
 
 
 def picture(results: dict) -> None:
@@ -76,7 +118,7 @@ def picture(results: dict) -> None:
     axes.set_xlabel("real tokens a second, 8B model with random weights, one H100")
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(PICTURE, dpi=110)
+    figure.savefig(IMAGES / "speed.png", dpi=110)
 
 
 def main() -> None:
@@ -86,6 +128,7 @@ def main() -> None:
     _, _, after = rest.partition(END)
     README.write_text(f"{before}{BEGIN}\n{section(results)}\n{END}{after}", encoding="utf-8")
     picture(results)
+    curves_picture()
 
 
 if __name__ == "__main__":
