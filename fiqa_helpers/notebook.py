@@ -193,5 +193,5 @@ def quiet() -> None:
         "liger_kernel",
     ):
         warnings.filterwarnings("ignore", category=UserWarning, module=module)
-    for name in ("nemo_automodel", "torchao", "torch.utils._pytree", "transformers", "httpx"):
+    for name in ("nemo_automodel", "torchao", "torch.utils._pytree", "transformers", "httpx", "liger_kernel"):
         logging.getLogger(name).setLevel(logging.ERROR)
