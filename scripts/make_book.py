@@ -68,11 +68,11 @@ def stage(project: Path, executed: Path, source: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(prepared(path, executed / path.name), target)
     for folder in ("benchmarks", "fiqa_helpers", "scripts", "tests"):  # what pages link to gets into the book
-        no_pages = () if folder == "benchmarks" else ("*.md", "*.ipynb")
+        no_pages = ("*.ipynb",) if folder == "benchmarks" else ("*.md", "*.ipynb")
         shutil.copytree(project / folder, source / folder, ignore=shutil.ignore_patterns(*no_pages))
     kept = Path("notebooks", "precomputed")
     shutil.copytree(project / kept, source / kept, ignore=shutil.ignore_patterns("adapter"))
-    for folder in (source, source / kept):
+    for folder in (source, source / kept, source / "benchmarks" / "results" / "notebooks"):
         (folder / "README.md").rename(folder / "index.md")
     for page in (*source.rglob("*.md"), *source.rglob("*.ipynb")):
         text = page.read_text(encoding="utf-8")
