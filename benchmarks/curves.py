@@ -11,6 +11,8 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from notebook_trainer import notebook_trainer
+
 from fiqa_helpers import data, machine, model, notebook
 from fiqa_helpers.profiles import Profile, load_profile
 from fiqa_helpers.runcard import write_card
@@ -42,44 +44,15 @@ def main() -> None:
 
 def train(profile: Profile) -> dict[str, list[float]]:
     """{"training": the loss of every step, "validation": the loss at the start and every `eval_steps`}."""
-    from peft import get_peft_model
-    from transformers import TrainingArguments, set_seed
-
-    from fiqa_helpers.attention import attention_implementation
     from fiqa_helpers.batching import StepCollator
     from fiqa_helpers.prompts import encode_rows
-    from fiqa_helpers.training import AnswerTrainer
 
-    set_seed(profile.seed)
     tokenizer, splits = model.load_tokenizer(profile), data.load_fiqa(profile.data)
-    base = model.load_base(profile, attention_implementation(profile.layout, profile.device))
+    rows = [encode_rows(splits[split], tokenizer, profile) for split in ("train", "validation")]
+    collator = StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout)
+    evaluated = dict(eval_strategy="steps", eval_steps=profile.eval_steps, eval_on_start=True)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=profile.batch_size,
-            max_steps=profile.max_steps,
-            learning_rate=profile.learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=profile.warmup_ratio,
-            bf16=profile.dtype == "bfloat16",
-            eval_strategy="steps",
-            eval_steps=profile.eval_steps,
-            eval_on_start=True,
-            logging_steps=1,
-            save_strategy="no",
-            remove_unused_columns=False,
-            use_cpu=profile.device == "cpu",
-            seed=profile.seed,
-            disable_tqdm=True,
-            report_to="none",
-        )
-        trainer = AnswerTrainer(
-            model=get_peft_model(base, model.lora_config(profile)),
-            args=arguments,
-            train_dataset=encode_rows(splits["train"], tokenizer, profile),
-            eval_dataset=encode_rows(splits["validation"], tokenizer, profile),
-            data_collator=StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout),
-        )
+        trainer = notebook_trainer(profile, Path(folder), *rows, collator, **evaluated)
         trainer.train()
     log = trainer.state.log_history
     return {

@@ -25,6 +25,8 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from notebook_trainer import notebook_trainer
+
 from fiqa_helpers import batching, data, launch, machine, model, notebook, profiles, prompts, recipe
 from fiqa_helpers.paths import Workspace
 from fiqa_helpers.recipe_check import check_recipe
@@ -115,11 +117,7 @@ def through_peft(run: notebook.Run, path: Path, adapter: Path) -> dict:
 def notebook_path(run: notebook.Run, folder: Path) -> dict:
     """The same steps as notebook 04 takes them: PEFT, AnswerTrainer, the profile's own layout; one GPU."""
     import torch
-    from peft import get_peft_model
-    from transformers import TrainerCallback, TrainingArguments, set_seed
-
-    from fiqa_helpers.attention import attention_implementation
-    from fiqa_helpers.training import AnswerTrainer
+    from transformers import TrainerCallback
 
     profile, splits = run.profile, data.read_processed(run.workspace.data)
     tokenizer = model.load_tokenizer(profile)
@@ -144,32 +142,8 @@ def notebook_path(run: notebook.Run, folder: Path) -> dict:
     torch.cuda.empty_cache()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    set_seed(profile.seed)
-    base = model.load_base(profile, attention_implementation(profile.layout, profile.device))
-    arguments = TrainingArguments(
-        output_dir=str(folder / "notebook"),
-        per_device_train_batch_size=profile.batch_size,
-        max_steps=profile.max_steps,
-        learning_rate=profile.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=profile.warmup_ratio,
-        bf16=profile.dtype == "bfloat16",
-        gradient_checkpointing=profile.gradient_checkpointing,
-        save_strategy="no",
-        logging_steps=1,
-        remove_unused_columns=False,
-        use_cpu=profile.device == "cpu",
-        seed=profile.seed,
-        disable_tqdm=True,
-        report_to="none",
-    )
-    trainer = AnswerTrainer(
-        model=get_peft_model(base, model.lora_config(profile)),
-        args=arguments,
-        train_dataset=rows["train"],
-        eval_dataset=rows["validation"],
-        data_collator=counted,
-        callbacks=[Clock()],
+    trainer = notebook_trainer(
+        profile, folder / "notebook", rows["train"], rows["validation"], counted, [Clock()]
     )
     before = trainer.evaluate()["eval_loss"]
     tokens.clear()
