@@ -25,6 +25,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import yaml
 from notebook_trainer import notebook_trainer
 
 from fiqa_helpers import batching, data, launch, machine, model, notebook, profiles, prompts, recipe
@@ -160,10 +161,21 @@ def notebook_path(run: notebook.Run, folder: Path) -> dict:
     }
 
 
+def change(path: Path, changes: list[str]) -> None:
+    """Change keys of the recipe at `path`, each given as `section.key=value` in YAML."""
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for text in changes:
+        key, _, value = text.partition("=")
+        section, name = key.split(".")
+        recipe[section][name] = yaml.safe_load(value)
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+
+
 def kill_and_resume(run: notebook.Run, args: argparse.Namespace, cpu: bool) -> dict:
     """Start the run again in a folder of its own, SIGKILL all of it after a checkpoint, and resume it."""
     folder = launch.fresh_folder(run.workspace)
     path = recipe.write_recipe(run, folder / "recipe.yaml", folder / "run", args.gpus)
+    change(path, args.set)
     (folder / "run").mkdir()
     line = launch.launch_line(path, args.gpus, cpu=cpu, python=sys.executable)
     with (folder / "killed.log").open("wb") as log:
@@ -224,7 +236,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--eval-rows", type=int, default=16)
-    parser.add_argument("--group-by-length", action="store_true", help="rows of like length share a batch")
+    parser.add_argument("--set", nargs="*", default=[], help="changes of the recipe: section.key=value ...")
     parser.add_argument("--no-peft", action="store_true", help="don't load the adapter with PEFT")
     parser.add_argument("--notebook", action="store_true", help="also train as notebook 04 does, on one GPU")
     parser.add_argument("--kill", action="store_true", help="also kill a run and resume it")
@@ -243,10 +255,7 @@ def main() -> None:
     run = notebook.Run("07", {}, profile, workspace)
     folder = launch.fresh_folder(workspace)
     path = recipe.write_recipe(run, folder / "recipe.yaml", folder / "run", args.gpus)
-    if args.group_by_length:
-        text = path.read_text()
-        assert text.count("# group_by_length: true") == 1
-        path.write_text(text.replace("# group_by_length: true", "group_by_length: true"))
+    change(path, args.set)
     report = check_recipe(path, args.gpus)
     print(f"{report}\n(checked after {time.monotonic() - began:.0f} s)", flush=True)
 
@@ -271,7 +280,7 @@ def main() -> None:
         "global_batch_size": profile.batch_size,
         "local_batch_size": read_recipe(path).get("step_scheduler.local_batch_size"),
         "accumulation": report.accumulation,
-        "group_by_length": args.group_by_length,
+        "set": args.set,
         **speed(history),
         "peak_allocated_gib_first_gpu": round(max(row["memory_gib"] for row in trained(history)), 2),
         "peak_in_use_gib_each_gpu": memory,

@@ -81,6 +81,17 @@ def test_damage_is_not_chosen_for_its_similarity(search, tmp_path):
     assert chosen["beyond doubt"]
 
 
+def test_a_gain_in_one_metric_is_not_bought_with_the_other(search, tmp_path):
+    """With nothing beyond doubt, the choice by similarity alone took the settings that lose token F1."""
+    results(search, tmp_path, {"reference": lambda *_: 0.01, "beginnings": lambda *_: 0.3})
+    for path in (tmp_path / "inner").glob("*/beginnings.json"):
+        trial = json.loads(path.read_text())
+        for found in trial["found"].values():
+            found["token_f1"] = [value - 0.4 for value in found["token_f1"]]
+        path.write_text(json.dumps(trial))
+    assert search.choose(tmp_path, 0)["setting"] == "reference"
+
+
 def test_a_setting_that_time_cut_off_is_no_candidate(search, tmp_path):
     """Half a setting's trials would be compared with whole ones, on other rows."""
     results(search, tmp_path, {"reference": lambda *_: 0.1, "beginnings": lambda *_: 0.3})
