@@ -26,9 +26,14 @@ MOST_PENDING = 3  # steps whose numbers may be outstanding
 
 
 def prepare(args: "TrainingArguments") -> None:
-    """Batches are copied to the GPU while it computes."""
+    """One process trains on one GPU, and batches are copied to it while it computes.
+
+    Of several GPUs that it sees, a Trainer makes one model with torch's DataParallel, which would cut the
+    micro-batches apart and copy 16 GB of weights at every step. Several GPUs are notebook 07's.
+    """
     if args.device.type == "cuda":
         args.accelerator_config.non_blocking = True
+    args._n_gpu = min(args.n_gpu, 1)  # transformers offers no public setting for it
 
 
 def loss_options(inputs: Mapping) -> dict[str, object]:

@@ -76,6 +76,16 @@ def test_a_cpu_run_gets_no_gpu_options():
     assert gpu_path.loss_options({"input_ids": torch.zeros(1, 4), "cu_seq_lens_q": None}) == {}
 
 
+def test_a_machine_with_several_gpus(tiny_model, tmp_path):
+    """Where torch sees two GPUs, the Trainer spread the model over both, and the first step failed."""
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    assert args.n_gpu == 0
+    args._n_gpu = 2  # what it finds on such a machine
+    trainer = AnswerTrainer(model=tiny_model, args=args, data_collator=StepCollator(0, 64, "padded"))
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == args.per_device_train_batch_size
+
+
 @pytest.mark.cuda
 def test_on_a_gpu_the_optimizer_skips_a_bad_step(tiny_model, tiny_tokenizer, tmp_path):
     """The run stops some steps after the bad one: the adapter must not have taken it."""
