@@ -24,6 +24,9 @@ from fiqa_helpers.storage import disk_errors
 
 POLL = 0.3  # seconds between two looks at the metrics
 PATIENCE = 60  # seconds that a stopped run is given to save its checkpoint
+OUT_OF_MEMORY = (
+    "set activation_checkpointing: true in the recipe's section distributed, or a smaller local_batch_size; "
+)
 
 
 class RecipePanel(LivePanel):
@@ -169,7 +172,8 @@ def why_it_failed(log: Path, began: int = 0) -> str:
     for kind, reason in re.findall(pattern, written, re.MULTILINE):
         if "ChildFailedError" not in kind and reason:
             said = reason if kind.endswith("WorkshopError") else f"{kind.rpartition('.')[2]}: {reason}"
-            return f"The recipe failed ({said[:300].rstrip('.')}): look at {log}."
+            remedy = OUT_OF_MEMORY if "OutOfMemoryError" in kind else ""
+            return f"The recipe failed ({said[:300].rstrip('.')}): {remedy}look at {log}."
     return f"The recipe failed: look at the last lines of {log}."
 
 

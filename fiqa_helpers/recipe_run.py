@@ -3,13 +3,19 @@
 Importing this module imports nemo_automodel.
 """
 
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+
 import torch
 from nemo_automodel.components.loggers.metric_logger import MetricsSample
 from nemo_automodel.recipes.llm.train_ft import TrainFinetuneRecipeForNextTokenPrediction
 
 
 class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
-    """Trains exactly as its parent. Three things are added to what it reports.
+    """Trains exactly as its parent; a failure of one process ends all. Three things are added to its reports.
 
     Every record is written to training.jsonl and validation.jsonl at once (the parent keeps a hundred back),
     the same figures go to TensorBoard (section `tensorboard`, key `log_dir`), and `lr` is the rate that the
@@ -49,11 +55,12 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
             self._to_boards("validation", log_data, ("val_loss",))
 
     def run_train_validation_loop(self) -> None:
-        try:
-            super().run_train_validation_loop()
-        finally:
-            if self.boards is not None:
-                self.boards.close()
+        with end_all_together(self.dist_env.world_size):
+            try:
+                super().run_train_validation_loop()
+            finally:
+                if self.boards is not None:
+                    self.boards.close()
 
     def _to_boards(self, group: str, record: MetricsSample, names: tuple[str, ...]) -> None:
         if self.boards is None:
@@ -61,3 +68,22 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
         for name in names:
             self.boards.add_scalar(f"{group}/{name}", float(record.metrics[name]), record.step + 1)
         self.boards.flush()
+
+
+@contextlib.contextmanager
+def end_all_together(processes: int) -> Iterator[None]:
+    """Let an error in one of several processes end the run, at once and with its traceback in the log.
+
+    A process that ends normally first waits for its GPU (NCCL), which waits for the other processes, which
+    wait for this one: a rank out of memory kept the run going, silently, until the timeout of `dist_env`.
+    torchrun ends the others when this one is gone.
+    """
+    try:
+        yield
+    except Exception:
+        if processes == 1:
+            raise
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)

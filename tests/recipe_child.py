@@ -1,4 +1,7 @@
-"""A recipe for tests whose adapters begin alike: NeMo draws each process's share from a seed of its own."""
+"""Recipes for tests: adapters that begin alike (NeMo draws each process's share from a seed of its own); a failure."""
+
+import atexit
+import time
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -28,3 +31,14 @@ class SameStart(FiqaRecipe):
         super().setup()
         if self.step_scheduler.step == 0:  # not resumed
             same_start(self.model_parts[0])
+
+
+class OneRankFails(FiqaRecipe):
+    """`FiqaRecipe` whose last process runs out of memory at step 2, and then does not get out of its exit."""
+
+    def _run_train_optim_step(self, batches, max_grad_norm=None):
+        last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        if last and self.step_scheduler.step == 1:
+            atexit.register(time.sleep, 900)  # as NCCL waits for the other ranks
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 438.00 MiB.")
+        return super()._run_train_optim_step(batches, max_grad_norm)

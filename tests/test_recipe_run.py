@@ -206,6 +206,18 @@ def test_the_log_says_why(run, tmp_path):
     assert panel.failed is not None
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_one_rank_out_of_memory_ends_the_run(run):
+    """On two GPUs one rank ran out of memory, and the run went on doing nothing until it was killed."""
+    path = make(run, "one_rank_fails", 2)
+    path.write_text(path.read_text().replace("recipe_child.SameStart", "recipe_child.OneRankFails"))
+    panel = RecipePanel("fails", live=False)
+    with pytest.raises(WorkshopError, match="OutOfMemoryError.*activation_checkpointing"):
+        run_recipe(path, panel, 2, cpu=True)
+    assert [row["step"] for row in panel.history] == [1]
+
+
 def test_causes_are_found(tmp_path):
     """The first error is the cause; torchrun's own comes last and says nothing."""
     log = tmp_path / "run.log"
