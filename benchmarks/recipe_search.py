@@ -22,7 +22,6 @@ import copy
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -31,14 +30,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fiqa_helpers import assets, data, metrics, model, notebook, profiles
-from fiqa_helpers.answer_filter import LINK, unquoted
+from fiqa_helpers.answer_filter import LINK, sentences, topical, unquoted
 from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.overrides import TARGETS
 from fiqa_helpers.runcard import read_card, write_card, write_json
 from fiqa_helpers.similarity import Similarity
 from fiqa_helpers.solvers import Decoding
 
 FOLDS = 5
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MEASURED = ("similarity", "token_f1", "nll", "stopped", "repeated", "tokens")
 DECODINGS = {  # keywords of `generate`, for base and tuned alike; all greedy
     "greedy": {},
@@ -186,7 +185,7 @@ class Search:
             self.profile,
             lora_rank=setting.rank,
             lora_alpha=4 * setting.rank,
-            lora_targets=ALL_LINEAR if setting.all_linear else self.profile.lora_targets,
+            lora_targets=TARGETS if setting.all_linear else self.profile.lora_targets,
             prompt=setting.prompt,
         )
         steps = setting.epochs * math.ceil(len(rows) / profile.batch_size)
@@ -351,31 +350,15 @@ def prepared(rows: list[dict], setting: Setting, similarity: Similarity | None =
     return kept
 
 
-def sentences_of(answer: str) -> list[str]:
-    return re.split(r"(?<=[.!?])\s+", answer.strip())
-
-
 def beginning(answer: str, words: int) -> str:
     """Whole sentences from the start of `answer`, at most `words` words, but at least one sentence."""
-    sentences = sentences_of(answer)
-    kept = sentences[:1]
-    for sentence in sentences[1:]:
+    found = sentences(answer)
+    kept = found[:1]
+    for sentence in found[1:]:
         if len(" ".join([*kept, sentence]).split()) > words:
             break
         kept.append(sentence)
     return " ".join(kept)
-
-
-def topical(question: str, answer: str, words: int, similarity: Similarity) -> str:
-    """The sentences of `answer` nearest to the question, in their order, as far as `words` words reach."""
-    sentences = sentences_of(answer)
-    near = similarity.embed(sentences) @ similarity.embed([question])[0]
-    kept: list[int] = []
-    for place in sorted(range(len(sentences)), key=lambda place: -near[place]):
-        if kept and sum(len(sentences[i].split()) for i in [*kept, place]) > words:
-            break
-        kept.append(place)
-    return " ".join(sentences[place] for place in sorted(kept))
 
 
 def choose(out: Path, fold: int) -> dict:

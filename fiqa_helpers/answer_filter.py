@@ -1,20 +1,30 @@
-"""Training answers that are worth learning from, for the profile setting `longest_answer`."""
+"""Training answers worth learning from, for the profile settings `longest_answer` and `topical_words`.
+
+Never for rows to test on: their references stay as people wrote them. What each does for the small model
+is in benchmarks/RECIPE.md.
+"""
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.eval_progress import EvalProgress
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from fiqa_helpers.similarity import Similarity
+
 SHORTEST = 20  # words; what is shorter mostly points to somewhere else
 LINK = re.compile(r"http|www\.")
+ANY_LENGTH = 1_000_000  # words
 
 
-def short_answers(rows: "Dataset", words: int) -> "Dataset":
+def short_answers(rows: "Dataset", words: int = ANY_LENGTH) -> "Dataset":
     """The rows whose first ground truth has SHORTEST to `words` words and no link, without their CSV quotes.
 
-    Only the first ground truth is kept, as only that is trained on. Never for rows to test on: their
-    references stay as people wrote them. What it does for the small model is in benchmarks/RECIPE.md.
+    Only the first ground truth is kept, as only that is trained on.
     """
 
     def wanted(row: dict) -> bool:
@@ -25,6 +35,60 @@ def short_answers(rows: "Dataset", words: int) -> "Dataset":
         return {"ground_truths": [unquoted(row["ground_truths"][0])]}
 
     return rows.filter(wanted, load_from_cache_file=False).map(bare, load_from_cache_file=False)
+
+
+def topical_answers(rows: "Dataset", words: int, share: float, similarity: "Similarity") -> "Dataset":
+    """Of `short_answers` the `share` nearest to their questions, each cut to `words` words on its topic.
+
+    Raises:
+        WorkshopError: there is no answer to choose from.
+    """
+
+    def on_topic(row: dict) -> dict:
+        return {"ground_truths": [topical(row["question"], row["ground_truths"][0], words, similarity)]}
+
+    kept = short_answers(rows)
+    if not len(kept):
+        raise WorkshopError("topical_words leaves no training row: all answers are short or hold a link.")
+    pairs = [(row["question"], row["ground_truths"][0]) for row in kept]
+    _embed("Comparing answers with their questions", pairs, similarity)
+    near = [similarity.best(question, [answer])[0] for question, answer in pairs]
+    least = sorted(near)[int((1 - share) * len(near))]
+    kept = kept.select([place for place, value in enumerate(near) if value >= least])
+    parts = [sentences(row["ground_truths"][0]) for row in kept]
+    _embed("Comparing their sentences with the questions", parts, similarity)
+    return kept.map(on_topic, load_from_cache_file=False)
+
+
+def _embed(label: str, texts: Sequence[Sequence[str]], similarity: "Similarity") -> None:
+    """Let `similarity` meet the texts of all answers, with progress; afterwards it knows them."""
+    progress = EvalProgress(label, len(texts), reused=0)
+    for start in range(0, len(texts), 32):
+        part = texts[start : start + 32]
+        similarity.embed([text for answer in part for text in answer])
+        progress.done += len(part)
+        progress.show()
+    progress.close()
+
+
+def topical(question: str, answer: str, words: int, similarity: "Similarity") -> str:
+    """The sentences of `answer` nearest to the question, in their order, as far as `words` words reach.
+
+    At least one sentence, however long.
+    """
+    found = sentences(answer)
+    near = similarity.embed(found) @ similarity.embed([question])[0]
+    kept: list[int] = []
+    for place in sorted(range(len(found)), key=lambda place: -near[place]):
+        if kept and sum(len(found[i].split()) for i in [*kept, place]) > words:
+            break
+        kept.append(place)
+    return " ".join(found[place] for place in sorted(kept))
+
+
+def sentences(answer: str) -> list[str]:
+    """`answer` cut behind each full stop, question mark or exclamation mark that white space follows."""
+    return re.split(r"(?<=[.!?])\s+", answer.strip())
 
 
 def unquoted(answer: str) -> str:

@@ -75,7 +75,7 @@ class Run:
         """The run card of an earlier notebook.
 
         Raises:
-            WorkshopError: it was not run in this workspace, or with another model, data or prompt.
+            WorkshopError: it was not run in this workspace, or with another model, data, prompt or training.
         """
         card = read_card(self._card_path(number))
         there = card.get("profile") if card else None
@@ -83,7 +83,7 @@ class Run:
             raise WorkshopError(
                 f"Notebook {NOTEBOOKS[number]} has not been run in {self.workspace.root}: run it first."
             )
-        for key in ("model", "model_revision", "data", "prompt"):
+        for key in ("model", "model_revision", "data", "prompt", "training"):
             if there.get(key) != getattr(self.profile, key):
                 raise WorkshopError(
                     f"Notebook {NOTEBOOKS[number]} was run with {key} = {there.get(key)!r} and this one has "

@@ -10,6 +10,7 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "layout": ("padded", "packed"),
     "prompt": ("plain", "chat"),
+    "training": ("reference", "topical"),
 }
 RANGES = {
     "max_length": (16, 131_072),
@@ -23,6 +24,8 @@ RANGES = {
     "lora_alpha": (1, 4096),
     "lora_dropout": (0.0, 0.9),
     "longest_answer": (0, 100_000),
+    "topical_words": (0, 100_000),
+    "topical_share": (0.01, 1.0),
     "train_rows": (-1, 100_000_000),
     "eval_rows": (-1, 100_000_000),
     "eval_steps": (1, 1_000_000),

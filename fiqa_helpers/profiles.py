@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields, replace
 
 from fiqa_helpers.errors import WorkshopError, shown
-from fiqa_helpers.overrides import parse_overrides
+from fiqa_helpers.overrides import TARGETS, parse_overrides
 
 NEMOTRON = "nvidia/Llama-3.1-Nemotron-Nano-8B-v1"
 
@@ -32,7 +32,10 @@ class Profile:
     lora_dropout: float
     lora_targets: tuple[str, ...]
     gradient_checkpointing: bool
+    training: str  # "reference", or "topical" (TRAININGS): sets the fields below and some above
     longest_answer: int  # words; rows with more, with links or next to no words go; 0 keeps all
+    topical_words: int  # what is kept of each training answer: sentences nearest to the question; 0 is all
+    topical_share: float  # with topical_words: part of the rows kept, those nearest to their question
     train_rows: int  # rows used for training; -1 means all
     eval_rows: int  # validation rows; -1 means all
     eval_steps: int  # optimizer steps between evaluations (and checkpoints)
@@ -69,7 +72,10 @@ REFERENCE = Profile(
     lora_dropout=0.05,
     lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"),
     gradient_checkpointing=True,
+    training="reference",
     longest_answer=0,
+    topical_words=0,
+    topical_share=1.0,
     train_rows=-1,
     eval_rows=-1,
     eval_steps=50,
@@ -125,6 +131,26 @@ PROFILES = {
     ),
 }
 
+# What `training` sets; single values in `overrides` go before it.
+TRAININGS: dict[str, dict[str, object]] = {
+    "reference": {},
+    # With SmolLM2 this makes answers better than the untuned model's, out of fold: benchmarks/RECIPE.md. Not
+    # measured with another model.
+    "topical": {
+        "topical_words": 120,
+        "topical_share": 0.5,
+        "batch_size": 16,
+        "learning_rate": 5e-4,
+        "epochs": 4,
+        "max_steps": -1,
+        "train_rows": -1,
+        "lora_rank": 16,
+        "lora_alpha": 64,
+        "lora_targets": TARGETS,
+        "max_new_tokens": 256,
+    },
+}
+
 MEMORY_NEEDED = {"gpu24": 21, "gpu80": 60}  # GiB free on the card for profile auto to choose it
 
 
@@ -150,7 +176,8 @@ def planned_profile(profile: str = "auto", overrides: str = "") -> Profile:
     if profile not in PROFILES:
         raise WorkshopError(f"profile is {shown(profile)}: choose one of auto, {', '.join(PROFILES)}.")
     kinds = {field.name: field.type for field in fields(Profile) if field.name not in ("name", "title")}
-    chosen = replace(PROFILES[profile], **parse_overrides(overrides, kinds))
+    wanted = parse_overrides(overrides, kinds)
+    chosen = replace(PROFILES[profile], **TRAININGS[wanted.get("training", "reference")] | wanted)
     if chosen.tokens_per_batch < chosen.max_length:
         raise WorkshopError(
             f"tokens_per_batch is {chosen.tokens_per_batch}, less than one row of max_length "

@@ -1,4 +1,4 @@
-"""Recipes for tests: adapters that begin alike (NeMo draws each process's share from a seed of its own); a failure."""
+"""Recipes for tests: one whose adapters begin alike, though NeMo draws each rank its own; one that fails."""
 
 import atexit
 import time

@@ -283,7 +283,9 @@ def test_a_damaged_card_counts_as_none(run, content):
         run.needs("01")
 
 
-@pytest.mark.parametrize("setting", ["model: /other", "model_revision: v2", "data: hub", "prompt: chat"])
+@pytest.mark.parametrize(
+    "setting", ["model: /other", "model_revision: v2", "data: hub", "prompt: chat", "training: topical"]
+)
 def test_needs_names_what_does_not_fit(run, setting, tmp_path):
     """An adapter of one model loaded into another, an answer judged under another prompt."""
     key, value = setting.split(": ")

@@ -15,6 +15,7 @@ from fiqa_helpers.profiles import (
     NEMOTRON,
     PROFILES,
     REFERENCE,
+    TRAININGS,
     Profile,
     choose_profile,
     differences,
@@ -197,6 +198,17 @@ def test_overrides_replace_values_in_their_types():
     )  # fmt: skip
     assert type(profile.warmup_ratio) is float and type(profile.learning_rate) is float
     assert load_profile("laptop", "max_steps: 20\nseed: 3\n").seed == 3  # block style too
+
+
+def test_training_sets_several_values_and_single_ones_go_before_it():
+    """Somebody who wants the recommended setting with fewer steps would get all 60."""
+    profile = load_profile("laptop", "{training: topical, max_steps: 7}")
+    assert (profile.topical_words, profile.lora_rank, profile.max_steps) == (120, 16, 7)
+    assert profile.max_length == PROFILES["laptop"].max_length
+    assert load_profile("laptop", "{training: reference}") == PROFILES["laptop"]
+    assert set(CHOICES["training"]) == set(TRAININGS)
+    for values in TRAININGS.values():
+        replace(PROFILES["laptop"], **values)
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n", "{}", "# a comment", "~", "null"])
