@@ -57,6 +57,8 @@ def section(results: dict) -> str:
         "[benchmarks/LOG.md](benchmarks/LOG.md).",
         "",
         *recipe_lines(),
+        "",
+        *laptop_lines(),
     ]
     if missing:
         lines += ["", f"Not measured, as the time on the card ran out: {', '.join(missing)}."]
@@ -81,8 +83,21 @@ def recipe_lines() -> list[str]:
         cells = [f"{card['gpus']}", f"{card['tokens_per_second']:,.0f}"]
         cells += [f"{card['peak_allocated_gib_first_gpu']:.1f}", efficiency]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "What holds the second GPU back is in the log."]
+    lines += ["", "What holds the second GPU back, and what was tried, is in the log."]
     return lines
+
+
+def laptop_lines() -> list[str]:
+    """The laptop profile beside TRL, in words."""
+    found = read("laptop")
+    machine, ratios, median = found["machine"], found["ratios"], found["ratio_median"]
+    span = {name: f"{min(times):.0f} to {max(times):.0f} s" for name, times in found["seconds"].items()}
+    return [
+        f"On {machine['cores']} CPU cores, profile `laptop` takes {median:.2f} of the time of TRL's",
+        f"SFTTrainer for the same rows and {found['steps']} steps: {span['ours']} against {span['trl']},",
+        f"in turns, median of {len(ratios)} ratios ({min(ratios):.2f} to {max(ratios):.2f}).",
+        f"{found['date']}, torch {machine['torch']}, trl {machine['trl']}.",
+    ]
 
 
 def curves_picture() -> None:
