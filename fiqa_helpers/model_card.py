@@ -1,9 +1,10 @@
 """The model card of an adapter or a merged model, from run card and evaluation. Nothing is uploaded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.profiles import NEMOTRON, Profile
+from fiqa_helpers.profiles import NEMOTRON, REFERENCE, Profile
 from fiqa_helpers.runcard import read_card
 from fiqa_helpers.storage import atomic_writer
 
@@ -63,7 +64,8 @@ def read_evaluation(folder: Path) -> dict | None:
 
 
 def _text(card: dict, evaluation: dict | None, name: str, merged: bool) -> str:
-    profile = Profile(**{**card["profile"], "lora_targets": tuple(card["profile"]["lora_targets"])})
+    # a setting that an older card does not know was the reference run's
+    profile = replace(REFERENCE, **card["profile"] | {"lora_targets": tuple(card["profile"]["lora_targets"])})
     licence, sentence = LICENCES.get(profile.model, ("other", f"See the licence of {profile.model}."))
     base = BASES.get(profile.model, profile.model)
     front = [f"license: {licence}", "language: en", "pipeline_tag: text-generation"]
@@ -104,6 +106,11 @@ def _settings(profile: Profile, base: str, card: dict, loss: dict) -> list[tuple
         ("longest row", f"{profile.max_length} tokens"),
         ("precision", f"{profile.dtype} on {profile.device}"),
     ]
+    if profile.topical_words:
+        share = f"the {profile.topical_share:.0%} nearest to their questions"
+        rows.append(("training answers", f"{share}, cut to {profile.topical_words} words on the topic"))
+    elif profile.longest_answer:
+        rows.append(("training answers", f"up to {profile.longest_answer} words, without links"))
     if loss:
         rows.append(("validation loss", f"{loss['before']:.3f} -> {loss['best']:.3f} nats per answer token"))
     return rows
@@ -148,9 +155,20 @@ def evaluation_section(evaluation: dict | None) -> str:
     of = f" of {evaluation['test_rows']}" if "test_rows" in evaluation else ""
     return (
         "\n".join(lines)
-        + f"\n\n{evaluation['rows']}{of} test rows, greedy decoding, paired bootstrap intervals "
+        + f"\n\n{evaluation['rows']}{of} test rows, {_decoding(evaluation)}, paired bootstrap intervals "
         "of tuned minus base. The last columns are floors: what an answer scores that took no model."
     )
+
+
+def _decoding(evaluation: dict) -> str:
+    """How both models answered."""
+    used = evaluation.get("decoding") or {}
+    how = "greedy decoding"
+    if used.get("no_repeat_ngram_size"):
+        how += f" in which no {used['no_repeat_ngram_size']} tokens occur twice"
+    if used.get("end_after"):
+        how += f", an end more likely with each token after {used['end_after']}"
+    return how
 
 
 def _limits(profile: Profile, card: dict, evaluation: dict | None) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fiqa_helpers.errors import WorkshopError, a_type, install_notebook_handler, shown
 from fiqa_helpers.paths import Workspace
-from fiqa_helpers.profiles import Profile, load_profile
+from fiqa_helpers.profiles import REFERENCE, Profile, load_profile
 from fiqa_helpers.runcard import read_card, write_card
 from fiqa_helpers.storage import disk_errors
 
@@ -84,7 +84,7 @@ class Run:
                 f"Notebook {NOTEBOOKS[number]} has not been run in {self.workspace.root}: run it first."
             )
         for key in ("model", "model_revision", "data", "prompt", "training"):
-            if there.get(key) != getattr(self.profile, key):
+            if there.get(key, getattr(REFERENCE, key)) != getattr(self.profile, key):
                 raise WorkshopError(
                     f"Notebook {NOTEBOOKS[number]} was run with {key} = {there.get(key)!r} and this one has "
                     f"{getattr(self.profile, key)!r}: give both the same profile and overrides."

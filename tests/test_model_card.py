@@ -8,7 +8,8 @@ import yaml
 from fiqa_helpers import model_card
 from fiqa_helpers.errors import WorkshopError
 from fiqa_helpers.intervals import compare
-from fiqa_helpers.profiles import PROFILES
+from fiqa_helpers.profiles import PROFILES, load_profile
+from fiqa_helpers.solvers import Decoding
 
 
 def run_card(**changes) -> dict:
@@ -100,6 +101,18 @@ def test_no_metric_without_floor_and_interval(tmp_path, evaluation):
     assert cells[6:] == ["0.527", "0.111"]
     assert "5 of 100 test rows" in body
     assert "few rows" in body
+
+
+def test_what_the_figures_depend_on_is_said(tmp_path, evaluation):
+    """Chosen training answers and a decoding of its own: without them nobody gets these figures again."""
+    profile = load_profile("laptop", "{training: topical}")
+    evaluation["decoding"] = asdict(Decoding(256, no_repeat_ngram_size=4, end_after=100))
+    _, body = written(tmp_path, run_card(profile=asdict(profile)), evaluation)
+    assert "| training answers | the 50% nearest to their questions, cut to 120 words on the topic |" in body
+    assert "no 4 tokens occur twice, an end more likely with each token after 100," in body
+    old = {name: value for name, value in asdict(profile).items() if not name.startswith("topical")}
+    _, body = written(tmp_path, run_card(profile=old))
+    assert "training answers" not in body
 
 
 def test_without_an_evaluation(tmp_path):
