@@ -72,3 +72,13 @@ def test_the_recipe_that_helps_has_the_measured_figures(page):
         assert f"{row['base']:.3f}" in text and f"{row['tuned']:.3f}" in text
         assert f"{row['low']:+.3f} to {row['high']:+.3f}" in text
     assert f"{result['floors']['similarity']['echo the question']:.3f}" in text
+
+
+def test_the_laptops_table_is_the_evaluations():
+    """A figure of the run that readers can repeat, copied by hand and copied wrong."""
+    from fiqa_helpers.model_card import evaluation_section
+
+    summary = json.loads((PROJECT / "benchmarks" / "results" / "topical_laptop.json").read_text())
+    table = evaluation_section(summary).partition("\n\n")[0]
+    assert table in (PROJECT / "benchmarks" / "RECIPE.md").read_text(encoding="utf-8")
+    assert all(summary["comparisons"][metric]["verdict"] == "better" for metric in ("similarity", "token_f1"))
