@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from nemo_automodel.components.loggers.metric_logger import MetricsSample
 from nemo_automodel.recipes.llm.train_ft import TrainFinetuneRecipeForNextTokenPrediction
 
@@ -23,7 +24,8 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
     """
 
     def setup(self) -> None:
-        super().setup()
+        with end_all_together():
+            super().setup()
         self.boards = None
         folder = self.cfg.get("tensorboard.log_dir", None)
         if folder and self.dist_env.is_main:
@@ -55,7 +57,7 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
             self._to_boards("validation", log_data, ("val_loss",))
 
     def run_train_validation_loop(self) -> None:
-        with end_all_together(self.dist_env.world_size):
+        with end_all_together():
             try:
                 super().run_train_validation_loop()
             finally:
@@ -71,7 +73,7 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
 
 
 @contextlib.contextmanager
-def end_all_together(processes: int) -> Iterator[None]:
+def end_all_together() -> Iterator[None]:
     """Let an error in one of several processes end the run, at once and with its traceback in the log.
 
     A process that ends normally first waits for its GPU (NCCL), which waits for the other processes, which
@@ -81,7 +83,7 @@ def end_all_together(processes: int) -> Iterator[None]:
     try:
         yield
     except Exception:
-        if processes == 1:
+        if not (dist.is_initialized() and dist.get_world_size() > 1):
             raise
         traceback.print_exc()
         sys.stdout.flush()
