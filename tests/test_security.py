@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -101,6 +103,19 @@ def test_everything_that_listens_does_so_on_this_machine(project):
                 assert wrong not in text, f"{path.name}: {wrong}"
 
 
+def until_it_listens(address: str) -> None:
+    """Jupyter prints its address before it binds the port: a connection in between is refused."""
+    host, port = address.removeprefix("http://").split(":")
+    patience = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+            return
+        except ConnectionRefusedError:
+            assert time.monotonic() < patience, f"nothing listens at {address}"
+            time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_the_lab_listens_on_this_machine_and_wants_its_token(project, tmp_path):
     """A real server, started as `make lab` starts it: another address or an open API is everybody's shell."""
@@ -121,6 +136,7 @@ def test_the_lab_listens_on_this_machine_and_wants_its_token(project, tmp_path):
                 said += line
             address, token = found.groups()
             url = f"{address}/api/contents"
+            until_it_listens(address)
             with urllib.request.urlopen(f"{url}?token={token}") as reply:
                 assert reply.status == 200
             with pytest.raises(urllib.error.HTTPError, match="403"):
@@ -129,7 +145,7 @@ def test_the_lab_listens_on_this_machine_and_wants_its_token(project, tmp_path):
             sockets = [
                 c for process in (own, *own.children(recursive=True)) for c in process.net_connections()
             ]
-            listening = {socket.laddr.ip for socket in sockets if socket.status == "LISTEN"}
+            listening = {place.laddr.ip for place in sockets if place.status == "LISTEN"}
             assert listening and listening <= {"127.0.0.1", "::1"}
         finally:
             server.terminate()
