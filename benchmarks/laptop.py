@@ -30,7 +30,7 @@ def main() -> None:
     import torch
     from peft import get_peft_model
 
-    from fiqa_helpers import data, model
+    from fiqa_helpers import data, machine, model
     from fiqa_helpers.profiles import load_profile
     from fiqa_helpers.prompts import encode_rows
 
@@ -60,7 +60,7 @@ def main() -> None:
         losses=losses,
         date=time.strftime("%Y-%m-%d"),
         machine=dict(
-            cpu=platform.processor() or platform.machine(),
+            cpu=machine.cpu_name(),
             cores=os.cpu_count(),
             python=platform.python_version(),
             **{name: metadata.version(name) for name in names},

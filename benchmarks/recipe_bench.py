@@ -163,6 +163,8 @@ def notebook_path(run: notebook.Run, folder: Path) -> dict:
 
 def change(path: Path, changes: list[str]) -> None:
     """Change keys of the recipe at `path`, each given as `section.key=value` in YAML."""
+    if not changes:  # as `write_recipe` wrote it, comments and all
+        return
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     for text in changes:
         key, _, value = text.partition("=")

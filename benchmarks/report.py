@@ -93,8 +93,9 @@ def laptop_lines() -> list[str]:
     machine, ratios, median = found["machine"], found["ratios"], found["ratio_median"]
     span = {name: f"{min(times):.0f} to {max(times):.0f} s" for name, times in found["seconds"].items()}
     return [
-        f"On {machine['cores']} CPU cores, profile `laptop` takes {median:.2f} of the time of TRL's",
-        f"SFTTrainer for the same rows and {found['steps']} steps: {span['ours']} against {span['trl']},",
+        f"On {machine['cores']} cores ({machine['cpu']}), profile `laptop` takes {median:.2f} of the time of",
+        f"TRL's SFTTrainer for the same rows and {found['steps']} steps:",
+        f"{span['ours']} against {span['trl']},",
         f"in turns, median of {len(ratios)} ratios ({min(ratios):.2f} to {max(ratios):.2f}).",
         f"{found['date']}, torch {machine['torch']}, trl {machine['trl']}.",
     ]

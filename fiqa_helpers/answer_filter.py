@@ -49,7 +49,10 @@ def topical_answers(rows: "Dataset", words: int, share: float, similarity: "Simi
 
     kept = short_answers(rows)
     if not len(kept):
-        raise WorkshopError("topical_words leaves no training row: all answers are short or hold a link.")
+        raise WorkshopError(
+            f"topical_words leaves no training row: all answers have under {SHORTEST} words or hold a link. "
+            "Use training: reference, or rows with longer answers."
+        )
     pairs = [(row["question"], row["ground_truths"][0]) for row in kept]
     _embed("Comparing answers with their questions", pairs, similarity)
     near = [similarity.best(question, [answer])[0] for question, answer in pairs]

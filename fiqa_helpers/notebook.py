@@ -83,8 +83,9 @@ class Run:
             raise WorkshopError(
                 f"Notebook {NOTEBOOKS[number]} has not been run in {self.workspace.root}: run it first."
             )
+        there = {"training": REFERENCE.training} | there  # which an older card does not name
         for key in ("model", "model_revision", "data", "prompt", "training"):
-            if there.get(key, getattr(REFERENCE, key)) != getattr(self.profile, key):
+            if there.get(key) != getattr(self.profile, key):
                 raise WorkshopError(
                     f"Notebook {NOTEBOOKS[number]} was run with {key} = {there.get(key)!r} and this one has "
                     f"{getattr(self.profile, key)!r}: give both the same profile and overrides."
