@@ -8,6 +8,7 @@ import sys
 
 from fiqa_helpers import commands
 from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.generation import GUARD
 
 EPILOG = """examples:
   python -m fiqa_helpers check
@@ -89,22 +90,13 @@ def parser() -> argparse.ArgumentParser:
         "It needs an adapter, of `train` or in --adapter. Answers are kept, so a second call costs little.",
     )
     evaluate.add_argument("--adapter", default="", metavar="FOLDER", help="another adapter than `train` left")
-    evaluate.add_argument(
-        "--rows", type=int, default=0, help="test rows; 0: 12 on a CPU, all of them on a GPU"
-    )
+    evaluate.add_argument("--rows", type=int, default=0, help="test rows; 0: 24 on a CPU, 100 on a GPU")
     evaluate.add_argument(
         "--no-repeat-ngram-size",
         type=int,
-        default=0,
+        default=GUARD,
         metavar="N",
-        help="forbid any N tokens in a row to occur twice; 0: don't",
-    )
-    evaluate.add_argument(
-        "--end-after",
-        type=int,
-        default=0,
-        metavar="N",
-        help="after N tokens each further one makes the end of an answer more likely; 0: none does",
+        help=f"forbid any N tokens in a row to occur twice (default {GUARD}); 0: don't",
     )
     evaluate.add_argument("--endpoint", default="", metavar="URL", help="a server that answers, like vLLM's")
     evaluate.add_argument("--endpoint-base", default="", metavar="NAME", help="the base model's name there")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fiqa_helpers.checkpoints import MANIFEST, fault
 from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.profiles import MUST_AGREE, REFERENCE
 from fiqa_helpers.run_identity import model_files
 from fiqa_helpers.runcard import read_card
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 CARD = "run_card.json"
-MUST_AGREE = ("model", "model_revision", "data", "prompt")  # or the answers compare two different things
 REMEDY = "run notebook 04_train first (or again)"
 
 
@@ -48,7 +48,8 @@ def check_adapter(folder: Path, profile: "Profile") -> dict:
     if card is None or not isinstance(card.get("profile"), dict):
         raise WorkshopError(f"{folder / CARD} is missing or damaged, so the base model is unknown: {REMEDY}.")
     for key in MUST_AGREE:
-        trained, here = card["profile"].get(key), getattr(profile, key)
+        trained = card["profile"].get(key, getattr(REFERENCE, key))  # an older card does not name all of them
+        here = getattr(profile, key)
         if trained != here:
             raise WorkshopError(
                 f"The adapter in {folder} was trained with {key} = {trained!r} and this run has {here!r}: "

@@ -1,7 +1,7 @@
-"""Training answers worth learning from, for the profile settings `longest_answer` and `topical_words`.
+"""Training answers reduced to what answers the question, for the profile setting `topical_words`.
 
-Never for rows to test on: their references stay as people wrote them. What each does for the small model
-is in benchmarks/RECIPE.md.
+Never for rows to test on: their references stay as people wrote them. What it does for the small model is in
+benchmarks/RECIPE.md.
 """
 
 import re
@@ -18,48 +18,34 @@ if TYPE_CHECKING:
 
 SHORTEST = 20  # words; what is shorter mostly points to somewhere else
 LINK = re.compile(r"http|www\.")
-ANY_LENGTH = 1_000_000  # words
 
 
-def short_answers(rows: "Dataset", words: int = ANY_LENGTH) -> "Dataset":
-    """The rows whose first ground truth has SHORTEST to `words` words and no link, without their CSV quotes.
+def topical_answers(rows: "Dataset", words: int, similarity: "Similarity") -> "Dataset":
+    """Of each answer the sentences nearest to its question, `words` words at most.
 
-    Only the first ground truth is kept, as only that is trained on.
+    Rows whose answer has under SHORTEST words or a link are left out. Only the first ground truth is kept, as
+    only that is trained on.
+
+    Raises:
+        WorkshopError: no row is left.
     """
 
     def wanted(row: dict) -> bool:
         answer = row["ground_truths"][0]
-        return SHORTEST <= len(answer.split()) <= words and not LINK.search(answer)
-
-    def bare(row: dict) -> dict:
-        return {"ground_truths": [unquoted(row["ground_truths"][0])]}
-
-    return rows.filter(wanted, load_from_cache_file=False).map(bare, load_from_cache_file=False)
-
-
-def topical_answers(rows: "Dataset", words: int, share: float, similarity: "Similarity") -> "Dataset":
-    """Of `short_answers` the `share` nearest to their questions, each cut to `words` words on its topic.
-
-    Raises:
-        WorkshopError: there is no answer to choose from.
-    """
+        return len(answer.split()) >= SHORTEST and not LINK.search(answer)
 
     def on_topic(row: dict) -> dict:
-        return {"ground_truths": [topical(row["question"], row["ground_truths"][0], words, similarity)]}
+        answer = unquoted(row["ground_truths"][0])
+        return {"ground_truths": [topical(row["question"], answer, words, similarity)]}
 
-    kept = short_answers(rows)
+    kept = rows.filter(wanted, load_from_cache_file=False)
     if not len(kept):
         raise WorkshopError(
             f"topical_words leaves no training row: all answers have under {SHORTEST} words or hold a link. "
             "Use training: reference, or rows with longer answers."
         )
-    pairs = [(row["question"], row["ground_truths"][0]) for row in kept]
-    _embed("Comparing answers with their questions", pairs, similarity)
-    near = [similarity.best(question, [answer])[0] for question, answer in pairs]
-    least = sorted(near)[int((1 - share) * len(near))]
-    kept = kept.select([place for place, value in enumerate(near) if value >= least])
-    parts = [sentences(row["ground_truths"][0]) for row in kept]
-    _embed("Comparing their sentences with the questions", parts, similarity)
+    texts = [[row["question"], *sentences(unquoted(row["ground_truths"][0]))] for row in kept]
+    _embed("Comparing sentences with their questions", texts, similarity)
     return kept.map(on_topic, load_from_cache_file=False)
 
 

@@ -44,8 +44,7 @@ def evaluate(options: argparse.Namespace) -> int:
     """Execute notebook 06 and print its table."""
     from fiqa_helpers.model_card import evaluation_section, read_evaluation
 
-    names = ("adapter", "rows", "no_repeat_ngram_size", "end_after")
-    names += ("endpoint", "endpoint_base", "endpoint_tuned")
+    names = ("adapter", "rows", "no_repeat_ngram_size", "endpoint", "endpoint_base", "endpoint_tuned")
     _execute(options, "06", **{name: getattr(options, name) for name in names})
     print(f"\n{evaluation_section(read_evaluation(Workspace(options.workdir).evaluation))}")
     return 0

@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+GUARD = 4  # no sequence of so many tokens occurs twice in an answer: small models loop without it
+
+
 @dataclass(frozen=True)
 class Answer:
     """A generated answer; `stopped` is whether the model ended it, not the length limit."""
@@ -25,9 +28,12 @@ def generate_answers(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
+    no_repeat_ngram_size: int = GUARD,
     **generate_kwargs: object,
 ) -> list[Answer]:
     """One answer a question, in one batch. `temperature` 0 is greedy decoding.
+
+    No sequence of `no_repeat_ngram_size` tokens occurs twice, the prompt's counted; 0 switches that off.
 
     The model is returned to the mode it was in, and the global random state is left as it was, so that
     sampling in the middle of a training run does not change the run. Other keywords go to `generate`.
@@ -52,6 +58,7 @@ def generate_answers(
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
                 use_cache=True,
+                no_repeat_ngram_size=no_repeat_ngram_size,
                 **sampling,
                 **generate_kwargs,
             )

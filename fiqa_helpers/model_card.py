@@ -107,10 +107,7 @@ def _settings(profile: Profile, base: str, card: dict, loss: dict) -> list[tuple
         ("precision", f"{profile.dtype} on {profile.device}"),
     ]
     if profile.topical_words:
-        share = f"the {profile.topical_share:.0%} nearest to their questions"
-        rows.append(("training answers", f"{share}, cut to {profile.topical_words} words on the topic"))
-    elif profile.longest_answer:
-        rows.append(("training answers", f"up to {profile.longest_answer} words, without links"))
+        rows.append(("training answers", f"cut to {profile.topical_words} words on the question"))
     if loss:
         rows.append(("validation loss", f"{loss['before']:.3f} -> {loss['best']:.3f} nats per answer token"))
     return rows
@@ -166,8 +163,6 @@ def _decoding(evaluation: dict) -> str:
     how = "greedy decoding"
     if used.get("no_repeat_ngram_size"):
         how += f" in which no {used['no_repeat_ngram_size']} tokens occur twice"
-    if used.get("end_after"):
-        how += f", an end more likely with each token after {used['end_after']}"
     return how
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fiqa_helpers.errors import WorkshopError, a_type, install_notebook_handler, shown
 from fiqa_helpers.paths import Workspace
-from fiqa_helpers.profiles import REFERENCE, Profile, load_profile
+from fiqa_helpers.profiles import MUST_AGREE, REFERENCE, Profile, load_profile
 from fiqa_helpers.runcard import read_card, write_card
 from fiqa_helpers.storage import disk_errors
 
@@ -35,7 +35,6 @@ RANGES = {  # of the notebooks' own parameters; those of a profile are in overri
     "sampling_seed": (0, 2**32 - 1),
     "rows": (0, 100_000_000),
     "no_repeat_ngram_size": (0, 1000),
-    "end_after": (0, 8192),
     "recipe_steps": (-1, 1_000_000),
     "processes": (1, 4096),
 }
@@ -83,11 +82,11 @@ class Run:
             raise WorkshopError(
                 f"Notebook {NOTEBOOKS[number]} has not been run in {self.workspace.root}: run it first."
             )
-        there = {"training": REFERENCE.training} | there  # which an older card does not name
-        for key in ("model", "model_revision", "data", "prompt", "training"):
-            if there.get(key) != getattr(self.profile, key):
+        for key in MUST_AGREE:
+            before = there.get(key, getattr(REFERENCE, key))  # an older card does not name all of them
+            if before != getattr(self.profile, key):
                 raise WorkshopError(
-                    f"Notebook {NOTEBOOKS[number]} was run with {key} = {there.get(key)!r} and this one has "
+                    f"Notebook {NOTEBOOKS[number]} was run with {key} = {before!r} and this one has "
                     f"{getattr(self.profile, key)!r}: give both the same profile and overrides."
                 )
         return card

@@ -1,16 +1,18 @@
-"""A small real run that is kept in the repository, to be taught from where its notebooks were not run.
+"""Real runs that are kept in the repository, to be taught from where their notebooks were not run.
 
-Its files lie in `notebooks/precomputed/`, written by `scripts/make_precomputed.py` out of a finished run.
+Their files lie in `notebooks/precomputed/`, written by `scripts/make_precomputed.py` out of a finished run.
+The run in its folder `case_study/` went wrong, which is what it is kept for.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fiqa_helpers.adapters import CARD, MUST_AGREE
+from fiqa_helpers.adapters import CARD
 from fiqa_helpers.errors import WorkshopError
 from fiqa_helpers.paths import Workspace, project_root
+from fiqa_helpers.profiles import MUST_AGREE, REFERENCE
 from fiqa_helpers.runcard import read_card
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ BLUE, ORANGE = "#0072B2", "#E69F00"
 
 @dataclass(frozen=True)
 class KeptRun:
-    """The precomputed run in `folder`: its label, losses, answers and evaluation."""
+    """The run in `folder`: its label, losses, answers and evaluation."""
 
     folder: Path
 
@@ -35,17 +37,20 @@ class KeptRun:
 
     @cached_property
     def label(self) -> str:
-        """Which model, data, device and day: to be shown wherever something of this run is shown."""
-        from fiqa_helpers.profiles import PROFILES, Profile
+        """Which model, data, settings, device and day: shown wherever something of this run is shown."""
+        from fiqa_helpers.profiles import Profile
 
         profile, device = self.training["profile"], self.notebook("04")["device"]
         names = Profile.__dataclass_fields__
-        words = Profile(**{n: profile.get(n, getattr(PROFILES["laptop"], n)) for n in names}).banner()
+        known = Profile(**{n: profile.get(n, getattr(REFERENCE, n)) for n in names})
+        words = known.banner()
+        kept = f"{known.topical_words} words of each answer" if known.topical_words else "whole answers"
         where = (device["gpu"] or {}).get("name") or f"{device['cores']} cores of {device['cpu']}"
         panel = self.training["panel"]
         return (
             f"Precomputed run: {words.partition('): ')[2]}; {panel['step']} steps of {profile['batch_size']} "
-            f"rows on {where}, {self.training['written'][:10]}, torch {self.training['versions']['torch']}"
+            f"rows, {kept}, learning rate {profile['learning_rate']:g}, on {where}, "
+            f"{self.training['written'][:10]}, torch {self.training['versions']['torch']}"
         )
 
     def notebook(self, number: str) -> dict:
@@ -73,7 +78,7 @@ class KeptRun:
 
 
 def load() -> KeptRun:
-    """The precomputed run of this repository.
+    """The precomputed run of this repository: profile laptop, evaluated on all 100 test rows.
 
     Raises:
         WorkshopError: later, when a file of it is asked for and missing.
@@ -81,17 +86,23 @@ def load() -> KeptRun:
     return KeptRun(project_root() / "notebooks" / "precomputed")
 
 
+def case_study() -> KeptRun:
+    """A run of which only the loss became better: whole answers, and decoding without the guard."""
+    return KeptRun(load().folder / "case_study")
+
+
 def adapter_folder(workspace: Workspace, profile: "Profile") -> Path:
     """Notebook 04's adapter in `workspace`; where it was not run, the precomputed one, which is announced.
 
-    The precomputed adapter serves only profiles with its own model, data and prompt. For others the folder
-    of notebook 04 is returned although it is empty, and `check_adapter` says what to run.
+    The precomputed adapter serves only profiles with its own model, data, prompt and training answers. For
+    others the folder of notebook 04 is returned although it is empty, and `check_adapter` says what to run.
     """
     own, kept = workspace.final_model, load()
     card = read_card(kept.folder / "adapter" / CARD)
     if own.exists() or card is None:
         return own
-    if any(card["profile"].get(key) != getattr(profile, key) for key in MUST_AGREE):
+    kept_profile = asdict(REFERENCE) | card["profile"]
+    if any(kept_profile[key] != getattr(profile, key) for key in MUST_AGREE):
         return own
     print(f"Notebook 04 was not run in this workdir, so this is not your adapter.\n{kept.label}.")
     return kept.folder / "adapter"

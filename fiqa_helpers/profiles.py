@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields, replace
 
 from fiqa_helpers.errors import WorkshopError, shown
-from fiqa_helpers.overrides import TARGETS, parse_overrides
+from fiqa_helpers.overrides import parse_overrides
 
 NEMOTRON = "nvidia/Llama-3.1-Nemotron-Nano-8B-v1"
 
@@ -32,10 +32,8 @@ class Profile:
     lora_dropout: float
     lora_targets: tuple[str, ...]
     gradient_checkpointing: bool
-    training: str  # "reference", or "topical" (TRAININGS): sets the fields below and some above
-    longest_answer: int  # words; rows with more, with links or next to no words go; 0 keeps all
-    topical_words: int  # what is kept of each training answer: sentences nearest to the question; 0 is all
-    topical_share: float  # with topical_words: part of the rows kept, those nearest to their question
+    training: str  # "reference": answers as they are; "topical": their sentences on the question
+    topical_words: int  # with topical: how many words of each training answer are kept; 0 is all
     train_rows: int  # rows used for training; -1 means all
     eval_rows: int  # validation rows; -1 means all
     eval_steps: int  # optimizer steps between evaluations (and checkpoints)
@@ -73,9 +71,7 @@ REFERENCE = Profile(
     lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"),
     gradient_checkpointing=True,
     training="reference",
-    longest_answer=0,
     topical_words=0,
-    topical_share=1.0,
     train_rows=-1,
     eval_rows=-1,
     eval_steps=50,
@@ -96,15 +92,17 @@ _LAPTOP = replace(
     max_length=320,
     tokens_per_batch=1024,
     batch_size=8,
-    learning_rate=2e-3,
+    learning_rate=4e-3,  # with so few steps; chosen among 48 settings (benchmarks/RECIPE.md)
     epochs=1,
-    max_steps=10,
+    max_steps=24,
     gradient_checkpointing=False,
-    train_rows=160,
+    training="topical",
+    topical_words=100,
+    train_rows=400,
     eval_rows=16,
-    eval_steps=5,
-    sample_steps=5,
-    max_new_tokens=48,
+    eval_steps=8,
+    sample_steps=12,
+    max_new_tokens=128,
 )
 _GPU80 = replace(
     REFERENCE, name="gpu80", title="one 80 GB GPU", layout="packed", gradient_checkpointing=False
@@ -119,6 +117,8 @@ PROFILES = {
         name="tiny",
         title="random weights, for tests only",
         model="random",
+        training="reference",
+        topical_words=0,
         max_length=128,
         tokens_per_batch=512,
         batch_size=4,
@@ -131,25 +131,12 @@ PROFILES = {
     ),
 }
 
-# What `training` sets; single values in `overrides` go before it.
-TRAININGS: dict[str, dict[str, object]] = {
-    "reference": {},
-    # With SmolLM2 this makes answers better than the untuned model's, out of fold: benchmarks/RECIPE.md. Not
-    # measured with another model.
-    "topical": {
-        "topical_words": 120,
-        "topical_share": 0.5,
-        "batch_size": 16,
-        "learning_rate": 5e-4,
-        "epochs": 4,
-        "max_steps": -1,
-        "train_rows": -1,
-        "lora_rank": 16,
-        "lora_alpha": 64,
-        "lora_targets": TARGETS,
-        "max_new_tokens": 256,
-    },
-}
+# The words that `training` stands for; a number in `overrides` goes before it.
+TRAININGS = {"reference": {"topical_words": 0}, "topical": {"topical_words": 100}}
+
+# What a notebook and the one before it, or an adapter and the run that uses it, have in common: otherwise two
+# different things are compared.
+MUST_AGREE = ("model", "model_revision", "data", "prompt", "training", "topical_words")
 
 MEMORY_NEEDED = {"gpu24": 21, "gpu80": 60}  # GiB free on the card for profile auto to choose it
 
@@ -177,7 +164,15 @@ def planned_profile(profile: str = "auto", overrides: str = "") -> Profile:
         raise WorkshopError(f"profile is {shown(profile)}: choose one of auto, {', '.join(PROFILES)}.")
     kinds = {field.name: field.type for field in fields(Profile) if field.name not in ("name", "title")}
     wanted = parse_overrides(overrides, kinds)
-    chosen = replace(PROFILES[profile], **TRAININGS[wanted.get("training", "reference")] | wanted)
+    if "training" in wanted:
+        wanted = TRAININGS[wanted["training"]] | wanted
+    elif "topical_words" in wanted:
+        wanted["training"] = "topical" if wanted["topical_words"] else "reference"
+    chosen = replace(PROFILES[profile], **wanted)
+    if (chosen.training == "topical") != (chosen.topical_words > 0):
+        raise WorkshopError(
+            f"training is {chosen.training} and topical_words {chosen.topical_words}: set one of the two."
+        )
     if chosen.tokens_per_batch < chosen.max_length:
         raise WorkshopError(
             f"tokens_per_batch is {chosen.tokens_per_batch}, less than one row of max_length "

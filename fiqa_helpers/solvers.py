@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from fiqa_helpers.benchmark import fingerprint_adapter, fingerprint_base, has_adapter
 from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.generation import Answer, generate_answers
+from fiqa_helpers.generation import GUARD, Answer, generate_answers
 from fiqa_helpers.prompts import build_prompt
 
 if TYPE_CHECKING:
     from nemo_evaluator import SeedResult, SolveResult
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-END_GROWTH = 1.015
 
 
 @dataclass(frozen=True)
@@ -26,17 +24,11 @@ class Decoding:
     """How answers are made; always greedy, so that the same weights give the same answers."""
 
     max_new_tokens: int = 128
-    no_repeat_ngram_size: int = 0  # 4 forbids a second occurrence of any four tokens; 0 forbids nothing
-    end_after: int = 0  # tokens; each further one makes the end more likely by END_GROWTH; 0: none does
+    no_repeat_ngram_size: int = GUARD  # no sequence of so many tokens occurs twice; 0 forbids nothing
 
     def keywords(self) -> dict[str, object]:
         """What `generate` is given beside the length."""
-        wanted: dict[str, object] = {}
-        if self.no_repeat_ngram_size:
-            wanted["no_repeat_ngram_size"] = self.no_repeat_ngram_size
-        if self.end_after:
-            wanted["exponential_decay_length_penalty"] = (self.end_after, END_GROWTH)
-        return wanted
+        return {"no_repeat_ngram_size": self.no_repeat_ngram_size}
 
 
 class Stopped(BaseException):
@@ -144,7 +136,7 @@ class ModelSolver:
 
 
 class EndpointSolver:
-    """Answers from an OpenAI-compatible URL: `/completions` with the workshop's own prompt, greedy."""
+    """Answers from an OpenAI-compatible URL: `/completions` with the workshop's prompt, greedy, no guard."""
 
     in_batch = 0.0
     stop = False
@@ -156,13 +148,9 @@ class EndpointSolver:
         name: str,
         tokenizer: "PreTrainedTokenizerBase",
         style: str = "plain",
-        decoding: Decoding = Decoding(),
+        max_new_tokens: int = Decoding.max_new_tokens,
     ):
-        for setting in ("no_repeat_ngram_size", "end_after"):
-            if getattr(decoding, setting):
-                raise WorkshopError(
-                    f"{setting} is not part of the OpenAI protocol: set it to 0 for an endpoint."
-                )
+        decoding = Decoding(max_new_tokens, no_repeat_ngram_size=0)  # which its protocol does not know
         self.url, self.name, self.decoding = url.rstrip("/"), name, decoding
         self.style, self.tokenizer = style, tokenizer
         self._solver = None

@@ -57,8 +57,8 @@ def take_over(workdir: Path, target: Path) -> None:
         raise WorkshopError(f"{final} holds no finished adapter: run the notebooks first.")
     if training["profile"]["model"] == "random":
         raise WorkshopError(f"{workdir} is a run with random weights, which learn nothing: it is not kept.")
-    shutil.rmtree(target, ignore_errors=True)
     for folder in ("adapter", "run_cards", "plots"):
+        shutil.rmtree(target / folder, ignore_errors=True)
         (target / folder).mkdir(parents=True)
     round_adapter(final / WEIGHTS, target / "adapter" / WEIGHTS)
     config = json.loads((final / CONFIG).read_text(encoding="utf-8"))

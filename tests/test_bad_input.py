@@ -108,7 +108,6 @@ CASES = [
     parameter("05", "sampling_seed", -1, "sampling_seed is -1"),
     parameter("06", "rows", -1, "rows is -1"),
     parameter("06", "no_repeat_ngram_size", "4", "no_repeat_ngram_size is '4'"),
-    parameter("06", "end_after", -1, "end_after is -1"),
     parameter("06", "endpoint", 8000, "endpoint is 8000"),
     parameter("07", "recipe_steps", 0, "recipe_steps is 0"),
     parameter("07", "processes", 0, "processes is 0"),

@@ -58,27 +58,3 @@ def test_scripts_explain_themselves(script):
     command = [sys.executable, PROJECT / "benchmarks" / script, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT)
     assert result.returncode == 0 and "usage:" in result.stdout
-
-
-@pytest.mark.parametrize("page", ["benchmarks/RECIPE.md", "notebooks/06_evaluate.ipynb", "README.md"])
-def test_the_recipe_that_helps_has_the_measured_figures(page):
-    """The one claim that tuning helps must be the search's own, with its interval, wherever it is made."""
-    found = json.loads((PROJECT / "benchmarks" / "results" / "recipe_search" / "summary.json").read_text())
-    result = found["results"]["chosen"]
-    assert all(result["criteria"].values()) and all(choice["beyond doubt"] for choice in found["chosen"])
-    text = (PROJECT / page).read_text(encoding="utf-8").replace("\n", " ")
-    for metric in ("similarity", "token_f1"):
-        row = result["comparisons"][metric]
-        assert f"{row['base']:.3f}" in text and f"{row['tuned']:.3f}" in text
-        assert f"{row['low']:+.3f} to {row['high']:+.3f}" in text
-    assert f"{result['floors']['similarity']['echo the question']:.3f}" in text
-
-
-def test_the_laptops_table_is_the_evaluations():
-    """A figure of the run that readers can repeat, copied by hand and copied wrong."""
-    from fiqa_helpers.model_card import evaluation_section
-
-    summary = json.loads((PROJECT / "benchmarks" / "results" / "topical_laptop.json").read_text())
-    table = evaluation_section(summary).partition("\n\n")[0]
-    assert table in (PROJECT / "benchmarks" / "RECIPE.md").read_text(encoding="utf-8")
-    assert all(summary["comparisons"][metric]["verdict"] == "better" for metric in ("similarity", "token_f1"))

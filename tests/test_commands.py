@@ -111,7 +111,7 @@ def test_train_executes_01_to_04(executed_notebooks, tmp_path, capsys):
 
 def test_evaluate_hands_its_options_to_notebook_06(executed_notebooks, tmp_path, capsys):
     """An option that is dropped on the way would evaluate another adapter, or other rows, without a word."""
-    own = {"adapter": "/my/adapter", "rows": 7, "no_repeat_ngram_size": 4, "end_after": 50}
+    own = {"adapter": "/my/adapter", "rows": 7, "no_repeat_ngram_size": 3}
     own |= {"endpoint": "http://127.0.0.1:1/v1", "endpoint_base": "b", "endpoint_tuned": "t"}
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in own.items()]
     assert main(["evaluate", "--profile=tiny", f"--workdir={tmp_path}", *arguments]) == 0

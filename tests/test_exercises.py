@@ -44,9 +44,9 @@ WRONG = [
     ("00.2", "refused = 3", "cannot be checked"),
     ("00.3", "longer = {'max_steps': 50}", "overrides is text"),
     ("00.3", "longer = '{train_row: 400}'", "did you mean train_rows"),
-    ("00.3", "longer = '{max_steps: 50}'", "160 training rows"),
-    ("00.3", "longer = '{train_rows: 400}'", "only 80 of the 400"),
-    ("00.3", "longer = '{train_rows: 400, max_steps: 100}'", "some come twice"),
+    ("00.3", "longer = '{max_steps: 50}'", "400 training rows"),
+    ("00.3", "longer = '{train_rows: 320}'", "only 192 of the 320"),
+    ("00.3", "longer = '{train_rows: 320, max_steps: 100}'", "some come twice"),
     ("01.1", "share = 28.7", "between 0 and 1"),
     ("01.1", "share = 0.1", "share of the rows"),
     (

@@ -42,7 +42,9 @@ def test_greedy_answers_are_the_argmax_of_the_model(real):
     with torch.no_grad():
         for _ in range(4):
             found.append(int(base(torch.tensor([ids + found])).logits[0, -1].argmax()))
-    (answer,) = generate_answers(base, tokenizer, QUESTIONS[:1], "chat", max_new_tokens=4)
+    (answer,) = generate_answers(
+        base, tokenizer, QUESTIONS[:1], "chat", max_new_tokens=4, no_repeat_ngram_size=0
+    )
     assert answer.text == tokenizer.decode(found).strip() and answer.n_tokens == 4 and not answer.stopped
 
 
@@ -157,6 +159,21 @@ def test_a_batch_of_a_random_model_answers_as_each_question_alone(tiny, style):
     """The same for a tokenizer that writes BOS: padding before it, or a second one."""
     together = generate_answers(*tiny, QUESTIONS, style, max_new_tokens=12)
     assert together == [generate_answers(*tiny, [q], style, max_new_tokens=12)[0] for q in QUESTIONS]
+
+
+def test_the_guard_is_on_unless_it_is_switched_off(tiny):
+    """Base guarded and tuned not, or the other way round: the comparison would measure the decoding."""
+    loop = [tiny[1].convert_tokens_to_ids(letter) for letter in "ab"]
+
+    def answer(**how):
+        base = model.tiny_model(tiny[1]).eval()
+        say(base, loop * 10)
+        return generate_answers(base, tiny[1], ["Why?"], max_new_tokens=12, **how)[0].text
+
+    assert answer(no_repeat_ngram_size=0) == "ab" * 6
+    guarded = answer()
+    assert guarded.startswith("ababa") and "ababab" not in guarded
+    assert answer(no_repeat_ngram_size=4) == guarded
 
 
 def test_no_question_has_no_answer(tiny):

@@ -16,7 +16,7 @@ def run_card(**changes) -> dict:
     """What notebook 04 writes beside an adapter."""
     card = {
         "profile": asdict(PROFILES["laptop"]),
-        "outcome": "finished 10 steps",
+        "outcome": "finished 24 steps",
         "finished": True,
         "validation_loss": {"before": 3.372, "best": 3.188},
         "versions": {"torch": "2.14.1", "triton": "not installed"},
@@ -79,7 +79,7 @@ def test_settings_and_prompt(tmp_path):
     for fact in (
         "rank 8",
         "alpha 32",
-        "0.002",
+        "0.004",
         "8 rows a step",
         "320 tokens",
         "3.372 -> 3.188",
@@ -106,10 +106,10 @@ def test_no_metric_without_floor_and_interval(tmp_path, evaluation):
 def test_what_the_figures_depend_on_is_said(tmp_path, evaluation):
     """Chosen training answers and a decoding of its own: without them nobody gets these figures again."""
     profile = load_profile("laptop", "{training: topical}")
-    evaluation["decoding"] = asdict(Decoding(256, no_repeat_ngram_size=4, end_after=100))
+    evaluation["decoding"] = asdict(Decoding(256))
     _, body = written(tmp_path, run_card(profile=asdict(profile)), evaluation)
-    assert "| training answers | the 50% nearest to their questions, cut to 120 words on the topic |" in body
-    assert "no 4 tokens occur twice, an end more likely with each token after 100," in body
+    assert "| training answers | cut to 100 words on the question |" in body
+    assert "no 4 tokens occur twice" in body
     old = {name: value for name, value in asdict(profile).items() if not name.startswith("topical")}
     _, body = written(tmp_path, run_card(profile=old))
     assert "training answers" not in body

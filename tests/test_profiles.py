@@ -86,7 +86,7 @@ def test_differences_name_each_setting_and_no_other():
     ]
     assert differences(REFERENCE) == []
     laptop = {row["setting"]: (row["reference"], row["here"]) for row in differences(PROFILES["laptop"])}
-    assert laptop["model"] == (NEMOTRON, "packaged") and laptop["learning_rate"] == (2e-4, 2e-3)
+    assert laptop["model"] == (NEMOTRON, "packaged") and laptop["learning_rate"] == (2e-4, 4e-3)
     for setting in set(SETTINGS) - set(laptop) - {"model_revision"}:
         assert getattr(REFERENCE, setting) == getattr(PROFILES["laptop"], setting)
 
@@ -200,15 +200,17 @@ def test_overrides_replace_values_in_their_types():
     assert load_profile("laptop", "max_steps: 20\nseed: 3\n").seed == 3  # block style too
 
 
-def test_training_sets_several_values_and_single_ones_go_before_it():
-    """Somebody who wants the recommended setting with fewer steps would get all 60."""
-    profile = load_profile("laptop", "{training: topical, max_steps: 7}")
-    assert (profile.topical_words, profile.lora_rank, profile.max_steps) == (120, 16, 7)
-    assert profile.max_length == PROFILES["laptop"].max_length
-    assert load_profile("laptop", "{training: reference}") == PROFILES["laptop"]
+def test_training_and_topical_words_cannot_disagree():
+    """A card that says reference beside answers that were cut, or the other way round."""
+    assert load_profile("laptop", "{training: topical}") == PROFILES["laptop"]
+    whole = load_profile("laptop", "{training: reference}")
+    assert whole == replace(PROFILES["laptop"], training="reference", topical_words=0)
+    assert load_profile("laptop", "{topical_words: 0}") == whole
+    assert load_profile("tiny", "{topical_words: 60}").training == "topical"
+    assert load_profile("laptop", "{training: topical, topical_words: 60}").topical_words == 60
+    with pytest.raises(WorkshopError, match="training is reference and topical_words 60: set one of the two"):
+        load_profile("laptop", "{training: reference, topical_words: 60}")
     assert set(CHOICES["training"]) == set(TRAININGS)
-    for values in TRAININGS.values():
-        replace(PROFILES["laptop"], **values)
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\n", "{}", "# a comment", "~", "null"])

@@ -120,7 +120,8 @@ def test_served_answers_are_the_models(tiny, merged, tiny_tokenizer, tmp_path):
             found = server.ask(folder, QUESTIONS, tiny_tokenizer, max_new_tokens=6)
             here = AutoModelForCausalLM.from_pretrained(folder)
             expected = [
-                generate_answers(here, tiny_tokenizer, [question], "plain", 6)[0] for question in QUESTIONS
+                generate_answers(here, tiny_tokenizer, [question], "plain", 6, no_repeat_ngram_size=0)[0]
+                for question in QUESTIONS
             ]
             assert [answer.text for answer in found] == [answer.text for answer in expected]
             assert [answer.stopped for answer in found] == [answer.stopped for answer in expected]
@@ -139,7 +140,9 @@ def test_the_small_model_is_served(smollm2, tmp_path):
     """The real SmolLM2, its tokenizer and its generation settings: what notebook 07 serves on a laptop."""
     profile = replace(load_profile("laptop"), model=str(smollm2))
     tokenizer = model.load_tokenizer(profile)
-    expected = generate_answers(model.load_base(profile), tokenizer, QUESTIONS[:1], "plain", 12)[0]
+    expected = generate_answers(
+        model.load_base(profile), tokenizer, QUESTIONS[:1], "plain", 12, no_repeat_ngram_size=0
+    )[0]
     with serving.serving(tmp_path / "serve.log") as server:
         found = server.ask(smollm2, QUESTIONS[:1], tokenizer, "plain", 12)[0]
     assert found.text == expected.text

@@ -89,8 +89,8 @@ def test_training_is_watched_in_one_place(training, page, served):
     """
     notebook, workdir = training("watched", overrides="")
     page.evaluate(WATCH)
-    at_step(page, 7, 600)
-    page.wait_for_selector(".fiqa-panel .samples .h:has-text('at step 5')")
+    at_step(page, 15, 900)
+    page.wait_for_selector(".fiqa-panel .samples .h:has-text('at step 12')")
     assert notebook.running
     notebook.shot("training-live", of=PANEL)
     notebook.shot("training-live-panel", only=PANEL)
