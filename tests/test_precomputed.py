@@ -135,7 +135,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_the_case_study_is_labelled_and_tells_its_story():
-    """Its loss fell further than the kept run's and its answers loop: with other files notebook 06 tells a lie."""
+    """Its loss fell further than the kept run's, and its answers loop: notebook 06 says so in words."""
     case = precomputed.case_study()
     for word in ("whole answers", f"learning rate {case.training['profile']['learning_rate']:g}", "16 rows"):
         assert word in case.label
