@@ -284,7 +284,7 @@ def test_a_damaged_card_counts_as_none(run, content):
 
 
 @pytest.mark.parametrize(
-    "setting", ["model: /other", "model_revision: v2", "data: hub", "prompt: chat", "training: topical"]
+    "setting", ["model: /other", "model_revision: v2", "data: hub", "prompt: chat", "training: reference"]
 )
 def test_needs_names_what_does_not_fit(run, setting, tmp_path):
     """An adapter of one model loaded into another, an answer judged under another prompt."""
