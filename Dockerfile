@@ -15,6 +15,7 @@ WORKDIR /workshop
 COPY Makefile pyproject.toml constraints.txt README.md LICENSE ./
 COPY scripts scripts
 COPY fiqa_helpers/__init__.py fiqa_helpers/
+COPY fiqa_helpers/machinery/__init__.py fiqa_helpers/machinery/
 RUN make env
 
 COPY . .

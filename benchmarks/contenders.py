@@ -166,11 +166,11 @@ def ours(
     from peft import get_peft_model
     from transformers import TrainingArguments
 
-    from fiqa_helpers.attention import attention_implementation
-    from fiqa_helpers.batching import StepCollator
+    from fiqa_helpers.machinery.fast import attention_implementation
     from fiqa_helpers.model import lora_config
     from fiqa_helpers.profiles import PROFILES
-    from fiqa_helpers.training import AnswerTrainer
+    from fiqa_helpers.rows import StepCollator
+    from fiqa_helpers.trainer import AnswerTrainer
 
     profile = replace(PROFILES[profile_name], **(overrides or {}))
     if profile_name == "gpu24":
@@ -232,7 +232,7 @@ def trainer_padded(steps: int, folder: str) -> dict:
 
 
 def pad(rows: list[dict]) -> dict:
-    from fiqa_helpers.batching import pad_rows
+    from fiqa_helpers.rows import pad_rows
 
     return pad_rows(rows, 128004)
 

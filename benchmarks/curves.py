@@ -13,9 +13,10 @@ from pathlib import Path
 
 from notebook_trainer import notebook_trainer
 
-from fiqa_helpers import data, machine, model, notebook
+from fiqa_helpers import data, model, run
+from fiqa_helpers.base import write_card
+from fiqa_helpers.machinery import machine
 from fiqa_helpers.profiles import Profile, load_profile
-from fiqa_helpers.runcard import write_card
 
 OVERRIDES = "{model: packaged, data: packaged, learning_rate: 5e-4, lora_dropout: 0, eval_steps: 20}"
 LAYOUTS = ("padded", "packed")
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--profile", default="gpu80")
     parser.add_argument("--overrides", default=OVERRIDES, help="YAML, as in the notebooks")
     args = parser.parse_args()
-    notebook.quiet()
+    run.quiet()
     profile = replace(load_profile(args.profile, args.overrides), max_steps=args.steps)
     runs = {}
     for layout in LAYOUTS:
@@ -44,8 +45,7 @@ def main() -> None:
 
 def train(profile: Profile) -> dict[str, list[float]]:
     """{"training": the loss of every step, "validation": the loss at the start and every `eval_steps`}."""
-    from fiqa_helpers.batching import StepCollator
-    from fiqa_helpers.prompts import encode_rows
+    from fiqa_helpers.rows import StepCollator, encode_rows
 
     tokenizer, splits = model.load_tokenizer(profile), data.load_fiqa(profile.data)
     rows = [encode_rows(splits[split], tokenizer, profile) for split in ("train", "validation")]

@@ -24,15 +24,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    from fiqa_helpers import notebook
+    from fiqa_helpers import run
 
-    notebook.quiet()
+    run.quiet()
     import torch
     from peft import get_peft_model
 
-    from fiqa_helpers import data, machine, model
+    from fiqa_helpers import data, model
+    from fiqa_helpers.machinery import machine
     from fiqa_helpers.profiles import load_profile
-    from fiqa_helpers.prompts import encode_rows
+    from fiqa_helpers.rows import encode_rows
 
     profile = load_profile("laptop")
     tokenizer = model.load_tokenizer(profile)
@@ -104,8 +105,8 @@ def ours(adapter, tokenizer, rows, profile, folder: str, clock) -> list[float]:
     """Notebook 04's trainer and collator."""
     from transformers import TrainingArguments
 
-    from fiqa_helpers.batching import StepCollator
-    from fiqa_helpers.training import AnswerTrainer
+    from fiqa_helpers.rows import StepCollator
+    from fiqa_helpers.trainer import AnswerTrainer
 
     trainer = AnswerTrainer(
         model=adapter,
@@ -122,7 +123,7 @@ def trl(adapter, tokenizer, rows, profile, folder: str, clock) -> list[float]:
     """SFTTrainer as it comes (gradient checkpointing included), batch 4, two batches a step, padded."""
     from trl import SFTConfig, SFTTrainer
 
-    from fiqa_helpers.batching import pad_rows
+    from fiqa_helpers.rows import pad_rows
 
     settings = dict(
         per_device_train_batch_size=4,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    from fiqa_helpers.training import AnswerTrainer
+    from fiqa_helpers.trainer import AnswerTrainer
 
 
 def notebook_trainer(
@@ -30,8 +30,8 @@ def notebook_trainer(
     from peft import get_peft_model
     from transformers import TrainingArguments, set_seed
 
-    from fiqa_helpers.attention import attention_implementation
-    from fiqa_helpers.training import AnswerTrainer
+    from fiqa_helpers.machinery.fast import attention_implementation
+    from fiqa_helpers.trainer import AnswerTrainer
 
     set_seed(profile.seed)
     base = model.load_base(profile, attention_implementation(profile.layout, profile.device))

@@ -19,7 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fiqa_helpers import model, notebook
+from fiqa_helpers import model, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,7 +91,7 @@ def main() -> None:
     if args.folder.exists():
         print(f"{args.folder} is there already: it is used as it is.")
         sys.exit(0)
-    notebook.quiet()
+    run.quiet()
     began = time.monotonic()
     args.folder.parent.mkdir(parents=True, exist_ok=True)
     write_random_8b(args.folder, llama3_tokenizer(args.vocabulary), args.small)

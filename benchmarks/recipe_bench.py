@@ -28,12 +28,19 @@ from pathlib import Path
 import yaml
 from notebook_trainer import notebook_trainer
 
-from fiqa_helpers import batching, data, launch, machine, model, notebook, profiles, prompts, recipe
-from fiqa_helpers.paths import Workspace
-from fiqa_helpers.recipe_check import check_recipe
-from fiqa_helpers.recipe_follow import RecipePanel, kill_all, read_metrics, run_recipe
-from fiqa_helpers.recipe_schema import read_recipe
-from fiqa_helpers.runcard import write_card
+from fiqa_helpers import data, model, profiles
+from fiqa_helpers.base import Workspace, write_card
+from fiqa_helpers.machinery import machine, recipe
+from fiqa_helpers.machinery.recipe import (
+    RecipePanel,
+    check_recipe,
+    kill_all,
+    read_metrics,
+    read_recipe,
+    run_recipe,
+)
+from fiqa_helpers.rows import StepCollator, encode_rows, pad_rows
+from fiqa_helpers.run import Run, quiet
 
 WARM = 3  # steps that are not timed: kernels are chosen and memory is found in them
 
@@ -92,7 +99,7 @@ def keys_of(adapter: Path) -> dict[str, list[int]]:
         return {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
 
 
-def through_peft(run: notebook.Run, path: Path, adapter: Path) -> dict:
+def through_peft(run: Run, path: Path, adapter: Path) -> dict:
     """PEFT's model on the first device: are its keys the adapter's, and what is its validation loss?"""
     import torch
     from peft import PeftModel
@@ -107,15 +114,15 @@ def through_peft(run: notebook.Run, path: Path, adapter: Path) -> dict:
     rows = rows.select(range(profile.eval_rows)) if profile.eval_rows >= 0 else rows
     total = tokens = 0.0
     with torch.no_grad():
-        for row in prompts.encode_rows(rows, tokenizer, profile):
-            batch = batching.pad_rows([row], tokenizer.pad_token_id)
+        for row in encode_rows(rows, tokenizer, profile):
+            batch = pad_rows([row], tokenizer.pad_token_id)
             batch = {key: value.to(profile.device) for key, value in batch.items()}
             total += tuned(**batch, use_cache=False, num_items_in_batch=1).loss.item()
             tokens += sum(label >= 0 for label in row["labels"])
     return {"keys_equal": mine == keys_of(adapter), "validation_loss": total / tokens}
 
 
-def notebook_path(run: notebook.Run, folder: Path) -> dict:
+def notebook_path(run: Run, folder: Path) -> dict:
     """The same steps as notebook 04 takes them: PEFT, AnswerTrainer, the profile's own layout; one GPU."""
     import torch
     from transformers import TrainerCallback
@@ -123,12 +130,12 @@ def notebook_path(run: notebook.Run, folder: Path) -> dict:
     profile, splits = run.profile, data.read_processed(run.workspace.data)
     tokenizer = model.load_tokenizer(profile)
     rows = {
-        split: prompts.encode_rows(
+        split: encode_rows(
             splits[split].take(min(n, len(splits[split]))) if n >= 0 else splits[split], tokenizer, profile
         )
         for split, n in (("train", profile.train_rows), ("validation", profile.eval_rows))
     }
-    collator = batching.StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout)
+    collator = StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout)
     tokens, ends = [], []
 
     def counted(chosen: list[dict]) -> dict:
@@ -173,13 +180,13 @@ def change(path: Path, changes: list[str]) -> None:
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 
 
-def kill_and_resume(run: notebook.Run, args: argparse.Namespace, cpu: bool) -> dict:
+def kill_and_resume(run: Run, args: argparse.Namespace, cpu: bool) -> dict:
     """Start the run again in a folder of its own, SIGKILL all of it after a checkpoint, and resume it."""
-    folder = launch.fresh_folder(run.workspace)
+    folder = recipe.fresh_folder(run.workspace)
     path = recipe.write_recipe(run, folder / "recipe.yaml", folder / "run", args.gpus)
     change(path, args.set)
     (folder / "run").mkdir()
-    line = launch.launch_line(path, args.gpus, cpu=cpu, python=sys.executable)
+    line = recipe.launch_line(path, args.gpus, cpu=cpu, python=sys.executable)
     with (folder / "killed.log").open("wb") as log:
         process = subprocess.Popen(shlex.split(line), stdout=log, stderr=subprocess.STDOUT)
         first = run.profile.eval_steps
@@ -245,7 +252,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="an earlier result to compare with")
     parser.add_argument("--label", default="", help="added to the name of the result")
     args = parser.parse_args()
-    notebook.quiet()
+    quiet()
     began = time.monotonic()
     profile = profiles.load_profile(args.profile, args.overrides)
     half = max(1, args.steps // 2)
@@ -254,8 +261,8 @@ def main() -> None:
     cpu = profile.device == "cpu"
     workspace = Workspace(str(args.out))
     data.write_processed(data.load_with_report(args.data, workspace)[0], workspace.data)
-    run = notebook.Run("07", {}, profile, workspace)
-    folder = launch.fresh_folder(workspace)
+    run = Run("07", {}, profile, workspace)
+    folder = recipe.fresh_folder(workspace)
     path = recipe.write_recipe(run, folder / "recipe.yaml", folder / "run", args.gpus)
     change(path, args.set)
     report = check_recipe(path, args.gpus)

@@ -1,22 +1,262 @@
 """FiQA from the hub, the packaged rows or files of one's own: the same columns, every repair counted."""
 
+import ast
+import contextlib
+import csv
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fiqa_helpers.assets import ASSETS, fiqa_test_file
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.paths import Workspace, project_root
-from fiqa_helpers.row_files import SUFFIXES, Row, clean_rows, read_rows
-from fiqa_helpers.storage import atomic_writer, disk_errors
+from fiqa_helpers.base import WorkshopError, Workspace, atomic_writer, disk_errors, project_root
+from fiqa_helpers.machinery.assets import ASSETS, fiqa_test_file
+from fiqa_helpers.show import EvalProgress
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
+
+    from fiqa_helpers.metrics import Similarity
+
+# --- Rows of question and answers out of JSON, JSON lines, CSV and Parquet files, checked one by one.
+#
+# Nothing in a file is trusted: what can be repaired without guessing is repaired and counted, anything else
+# is one sentence that names the file and the row.
+
+MAX_CHARACTERS = 100_000  # of a question or an answer; FiQA's longest test answer has about 9,000
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
+
+EMPTY = "without a question or an answer: left out"
+TOO_LONG = f"with a text longer than {MAX_CHARACTERS:,} characters: left out"
+CONTROLS = "with control characters (NUL, terminal escapes): the characters removed"
+SURROGATES = "with half a surrogate pair: replaced by the sign for unknown characters"
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+Row = dict[str, object]
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """(number, row) of each row in the file, numbered as an editor shows the lines (Parquet: from 1).
+
+    Raises:
+        WorkshopError: the file is missing, empty, not text in UTF-8, or not of the format its name says.
+    """
+    readers = {".csv": _read_csv, ".parquet": _read_parquet}
+    try:
+        if path.stat().st_size == 0:
+            raise WorkshopError(f"{path} is empty: put rows of question and answer in it, or remove it.")
+        yield from readers.get(path.suffix.lower(), _read_json)(path)
+    except UnicodeDecodeError as error:
+        raise WorkshopError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8.") from None
+    except OSError as error:
+        raise WorkshopError(f"{path} cannot be read ({error}): check the file or copy it again.") from None
+
+
+def clean_rows(
+    rows: Iterable[tuple[int, Row]], name: str, repairs: Counter
+) -> Iterator[tuple[str, list[str]]]:
+    """(question, answers) of each usable row; `repairs` counts what was put right, `name` is for messages.
+
+    Answers stand in `ground_truths` (a list, or the text of one) or in `answer`.
+
+    Raises:
+        WorkshopError: a column is missing or holds something that is not text.
+    """
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise WorkshopError(
+                f"{name}, row {number}, is not an object with columns: write one object per row."
+            )
+        column = next((c for c in ("ground_truths", "answer") if row.get(c) is not None), None)
+        column = column or next((c for c in ("ground_truths", "answer") if c in row), None)
+        if "question" not in row or column is None:
+            found = ", ".join(repr(str(c)[:30]) for c in list(row)[:6]) or "none"
+            raise WorkshopError(
+                f"{name}, row {number}, needs the columns question and ground_truths (or answer) and has "
+                f"{found}: rename the columns."
+            )
+        answers = row[column]
+        if isinstance(answers, str):
+            answers = _as_list(answers)
+        texts = [row["question"], *(answers if isinstance(answers, list) else [answers])]
+        for text, where in zip(texts, ["question", *[column] * len(texts)], strict=False):
+            if text is not None and not isinstance(text, str):
+                raise WorkshopError(
+                    f"{name}, row {number}: {where} holds a {type(text).__name__} where text belongs: "
+                    "correct the row or delete it."
+                )
+        if any(len(text) > MAX_CHARACTERS for text in texts if text):
+            repairs[TOO_LONG] += 1
+            continue
+        for kind, pattern, sign in ((CONTROLS, _CONTROL, ""), (SURROGATES, _SURROGATE, "\ufffd")):
+            if any(pattern.search(text) for text in texts if text):
+                repairs[kind] += 1
+                texts = [text and pattern.sub(sign, text) for text in texts]
+        question, *answers = [(text or "").strip() for text in texts]
+        answers = [answer for answer in answers if answer]
+        if not question or not answers:
+            repairs[EMPTY] += 1
+            continue
+        yield question, answers
+
+
+def _as_list(text: str) -> list:
+    """The list that `text` spells (as JSON, or as Python in a CSV export), else the text as only answer."""
+    if not text.lstrip().startswith("[") or len(text) > MAX_CHARACTERS:
+        return [text]
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return value
+    return [text]
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
+    """A JSON list of objects, or one object per line, whatever the file is called."""
+    with path.open(encoding="utf-8-sig") as file:
+        start = file.read(1)
+        while start.isspace():
+            start = file.read(1)
+        file.seek(0)
+        if start == "[":
+            yield from enumerate(_parsed(file.read(), path, "line"), 1)
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, _parsed(line, path, f"line {number}")
+
+
+def _parsed(text: str, path: Path, where: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        at = f"line {error.lineno}" if where == "line" and hasattr(error, "lineno") else where
+        reason = getattr(error, "msg", "nested too deeply")
+        raise WorkshopError(f"{path} is not JSON at {at} ({reason}): correct it there.") from None
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
+    limit = csv.field_size_limit(2**31 - 1)  # the default of 128 KiB would end in csv's own error
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restkey="(more cells than columns)")
+            for row in reader:
+                if "(more cells than columns)" in row:
+                    raise WorkshopError(
+                        f"{path}, line {reader.line_num}, has more cells than the header has columns: "
+                        "put quotes around texts with commas."
+                    )
+                yield reader.line_num, row
+    except csv.Error as error:
+        raise WorkshopError(
+            f"{path} is not CSV at line {reader.line_num} ({error}): correct it there."
+        ) from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            wanted = [n for n in file.schema_arrow.names if n in ("question", "ground_truths", "answer")]
+            for batch in file.iter_batches(batch_size=1000, columns=wanted or None):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0][:100]
+        raise WorkshopError(f"{path} is not a Parquet file ({reason}): export it again.") from None
+
+
+# --- FiQA's rows from the Hugging Face hub, under the names and revisions it is known by.
+
+HUB_NAMES = ("explodinggradients/fiqa", "vibrantlabsai/fiqa")
+CONFIG = "main"
+PARQUET = "refs/convert/parquet"  # the hub's own conversion, for the years when the data set was a script
+REMEDY = "use data: packaged (the 648 rows of the test split), or give a folder with the split files as data"
+
+
+def load_from_hub(revision: str = "") -> tuple[str, "DatasetDict"]:
+    """(what was used, in words; its splits). `revision`: a branch, tag or commit; empty tries those known.
+
+    Without a network, the copy that an earlier run left in the Hugging Face cache is used, and said so.
+
+    Raises:
+        WorkshopError: the hub can't be reached, or has FiQA under none of the known names.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    reasons = []
+    for name in HUB_NAMES:
+        for candidate in [revision] if revision else ["main", PARQUET]:
+            try:
+                commit = _commit(name, candidate)
+                return f"{name}, config {CONFIG}, revision {commit}", _load(name, commit, candidate)
+            except HfHubHTTPError as error:
+                status = getattr(error.response, "status_code", "no answer")
+                reasons.append(f"{name} at {candidate}: HTTP {status}")
+            except (ValueError, RuntimeError) as error:  # a script repository, or one without this config
+                reasons.append(f"{name} at {candidate}: {_first_line(error)}")
+            except Exception as error:  # every HTTP library has a word of its own for "no network"
+                return from_cache(revision, _first_line(error))
+    raise WorkshopError(f"The hub has no usable FiQA ({'; '.join(reasons)}): {REMEDY}.")
+
+
+def from_cache(revision: str, reason: str) -> tuple[str, "DatasetDict"]:
+    """What an earlier run downloaded (of that commit, if one was asked for); the hub is not asked.
+
+    Raises:
+        WorkshopError: nothing of FiQA is in the cache. `reason` says why only the cache was looked at.
+    """
+    from datasets import config
+
+    was_offline, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True  # else it asks the hub for half a minute
+    try:
+        for name in HUB_NAMES:
+            with contextlib.suppress(Exception):  # each way of not being cached is another kind of error
+                splits = _load(name, "")
+                commit = Path(splits["train"].cache_files[0]["filename"]).parent.name
+                if commit.startswith(revision):
+                    return f"{name}, config {CONFIG}, revision {commit}, cached (no hub: {reason})", splits
+    finally:
+        config.HF_HUB_OFFLINE = was_offline
+    raise WorkshopError(f"The hub cannot be reached ({reason}): {REMEDY}.") from None
+
+
+def _commit(name: str, revision: str) -> str:
+    """The commit hash behind `revision`, so that all files come from one state, which can be cited."""
+    from huggingface_hub import HfApi
+
+    return HfApi().dataset_info(name, revision=revision, timeout=20).sha or revision
+
+
+def _load(name: str, commit: str, revision: str = "main") -> "DatasetDict":
+    from datasets import load_dataset
+
+    if revision != PARQUET:
+        return load_dataset(name, CONFIG, revision=commit or None)
+    files = {split: f"{CONFIG}/{split}/*.parquet" for split in ("train", "validation", "test")}
+    return load_dataset(name, data_files=files, revision=commit)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return f"{type(error).__name__}: {lines[0][:90]}"
+
+
+# --- FiQA from the hub, the packaged rows or files of one's own: the same columns, every repair counted.
 
 SPLITS = ("train", "validation", "test")
 PROCESSED = {
@@ -75,8 +315,6 @@ def load_with_report(source: str, workspace: Workspace | None = None) -> tuple["
         report = LoadReport(f"Packaged FiQA rows ({asset.package} {asset.version}, {asset.licence})")
         return _split_one_file(fiqa_test_file(), (48, 100), report)
     if source == "hub" or source.startswith("hub@"):
-        from fiqa_helpers.hub_rows import load_from_hub
-
         words, found = load_from_hub(source.removeprefix("hub").removeprefix("@"))
         files = {split: [(split, enumerate(found[split], 1))] for split in SPLITS if split in found}
         return _finish(files, LoadReport(words))
@@ -248,3 +486,79 @@ def _datasets(splits: dict[str, Rows]) -> "DatasetDict":
         questions, answers = zip(*splits[split], strict=True) if splits[split] else ((), ())
         made[split] = Dataset.from_dict({"question": questions, "ground_truths": answers}, features=features)
     return made
+
+
+# --- Training answers reduced to what answers the question, for the profile setting `topical_words`.
+#
+# Never for rows to test on: their references stay as people wrote them. What it does for the small model is
+# in benchmarks/RECIPE.md.
+
+SHORTEST = 20  # words; what is shorter mostly points to somewhere else
+LINK = re.compile(r"http|www\.")
+
+
+def topical_answers(rows: "Dataset", words: int, similarity: "Similarity") -> "Dataset":
+    """Of each answer the sentences nearest to its question, `words` words at most.
+
+    Rows whose answer has under SHORTEST words or a link are left out. Only the first ground truth is kept, as
+    only that is trained on.
+
+    Raises:
+        WorkshopError: no row is left.
+    """
+
+    def wanted(row: dict) -> bool:
+        answer = row["ground_truths"][0]
+        return len(answer.split()) >= SHORTEST and not LINK.search(answer)
+
+    def on_topic(row: dict) -> dict:
+        answer = unquoted(row["ground_truths"][0])
+        return {"ground_truths": [topical(row["question"], answer, words, similarity)]}
+
+    kept = rows.filter(wanted, load_from_cache_file=False)
+    if not len(kept):
+        raise WorkshopError(
+            f"topical_words leaves no training row: all answers have under {SHORTEST} words or hold a link. "
+            "Use training: reference, or rows with longer answers."
+        )
+    texts = [[row["question"], *sentences(unquoted(row["ground_truths"][0]))] for row in kept]
+    _embed("Comparing sentences with their questions", texts, similarity)
+    return kept.map(on_topic, load_from_cache_file=False)
+
+
+def _embed(label: str, texts: Sequence[Sequence[str]], similarity: "Similarity") -> None:
+    """Let `similarity` meet the texts of all answers, with progress; afterwards it knows them."""
+    progress = EvalProgress(label, len(texts), reused=0)
+    for start in range(0, len(texts), 32):
+        part = texts[start : start + 32]
+        similarity.embed([text for answer in part for text in answer])
+        progress.done += len(part)
+        progress.show()
+    progress.close()
+
+
+def topical(question: str, answer: str, words: int, similarity: "Similarity") -> str:
+    """The sentences of `answer` nearest to the question, in their order, as far as `words` words reach.
+
+    At least one sentence, however long.
+    """
+    found = sentences(answer)
+    near = similarity.embed(found) @ similarity.embed([question])[0]
+    kept: list[int] = []
+    for place in sorted(range(len(found)), key=lambda place: -near[place]):
+        if kept and sum(len(found[i].split()) for i in [*kept, place]) > words:
+            break
+        kept.append(place)
+    return " ".join(found[place] for place in sorted(kept))
+
+
+def sentences(answer: str) -> list[str]:
+    """`answer` cut behind each full stop, question mark or exclamation mark that white space follows."""
+    return re.split(r"(?<=[.!?])\s+", answer.strip())
+
+
+def unquoted(answer: str) -> str:
+    """`answer` without the quotes that a CSV export has put around it and doubled inside."""
+    if len(answer) > 1 and answer[0] == answer[-1] == '"':
+        return answer[1:-1].replace('""', '"').strip()
+    return answer

@@ -1,25 +1,35 @@
-"""Base models through NeMo AutoModel, on GPU and CPU; LoRA by PEFT; parameters counted without weights."""
+"""Base models through NeMo AutoModel with PEFT's LoRA, trained adapters, the run kept in the project."""
 
 import contextlib
+import json
+import warnings
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.memory import nemotron_config
+from fiqa_helpers.base import WorkshopError, Workspace, project_root, read_card
+from fiqa_helpers.machinery.checkpoints import MANIFEST, fault, model_files
+from fiqa_helpers.machinery.machine import nemotron_config
+from fiqa_helpers.profiles import MUST_AGREE, REFERENCE
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
+    from matplotlib.figure import Figure
     from peft import LoraConfig
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from fiqa_helpers.profiles import Profile
 
+# --- Base models through NeMo AutoModel, on GPU and CPU; LoRA by PEFT; parameters counted without weights.
+
 
 def model_path(profile: "Profile") -> str:
     """What `from_pretrained` is given: a hub id, or a folder (the packaged model's is made on first use)."""
-    from fiqa_helpers import assets
+    from fiqa_helpers.machinery import assets
 
     if profile.model in ("packaged", "random"):  # random weights still use the packaged tokenizer
         return str(assets.smollm2_folder())
@@ -238,3 +248,233 @@ def _load_errors(profile: "Profile") -> Iterator[None]:
                 "check the name and the connection to the hub, or set model in overrides to a local folder"
             )
         raise WorkshopError(f"Cannot load {profile.model} ({reason}): {remedy}.") from error
+
+
+# --- Is this folder a whole adapter of notebook 04, for this base model? Asked before anything is loaded.
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+CARD = "run_card.json"
+REMEDY = "run notebook 04_train first (or again)"
+
+
+def check_adapter(folder: Path, profile: "Profile") -> dict:
+    """The run card of the adapter in `folder`, once everything about it fits `profile`.
+
+    Only safetensors are accepted: a pickled `adapter_model.bin` can run code when it is loaded.
+
+    Raises:
+        WorkshopError: no adapter, an incomplete or damaged one, or one for another base model, data set or
+            prompt; says which and what to do.
+    """
+    if not folder.is_dir():
+        raise WorkshopError(f"There is no adapter in {folder}: {REMEDY}.")
+    names = {path.name for path in folder.iterdir()}
+    if not names:
+        raise WorkshopError(f"{folder} is empty: {REMEDY}.")
+    if WEIGHTS not in names:
+        unsafe = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
+        if unsafe:
+            raise WorkshopError(
+                f"{folder} holds its weights as {unsafe[0]}, a pickle that could run code when it is loaded: "
+                f"save the adapter as safetensors, or {REMEDY}."
+            )
+        raise WorkshopError(f"{folder} holds no {WEIGHTS}: {REMEDY}.")
+    _check_config(folder)
+    shapes = _check_weights(folder)
+    card = read_card(folder / CARD)
+    if card is None or not isinstance(card.get("profile"), dict):
+        raise WorkshopError(f"{folder / CARD} is missing or damaged, so the base model is unknown: {REMEDY}.")
+    for key in MUST_AGREE:
+        trained = card["profile"].get(key, getattr(REFERENCE, key))  # an older card does not name all of them
+        here = getattr(profile, key)
+        if trained != here:
+            raise WorkshopError(
+                f"The adapter in {folder} was trained with {key} = {trained!r} and this run has {here!r}: "
+                "give this notebook the profile and overrides of notebook 04, or train again."
+            )
+    trained = card.get("definition", {}).get("model_files", "")
+    here = model_files(profile)
+    if trained != here and min(len(trained), len(here)) >= 40:  # hashes: of a folder, or of a commit
+        raise WorkshopError(
+            f"The adapter in {folder} was trained on other weights of {profile.model} ({trained[:12]}, here "
+            f"{here[:12]}): set model or model_revision in overrides to those, or train again."
+        )
+    damage = fault(folder) if (folder / MANIFEST).is_file() else None
+    if damage:
+        raise WorkshopError(f"The adapter in {folder} is damaged ({damage}): {REMEDY}.")
+    _check_shapes(folder, profile, shapes)
+    return card
+
+
+def files_of(folder: Path) -> list[dict[str, object]]:
+    """Each file of an adapter's folder with its size in MB (10^6 bytes), the largest first."""
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    ordered = sorted(sizes.items(), key=lambda item: -item[1])
+    return [{"file": name, "MB": round(size / 1e6, 3)} for name, size in ordered]
+
+
+def _check_config(folder: Path) -> None:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        kind = config.get("peft_type")
+    except (OSError, ValueError, AttributeError):
+        raise WorkshopError(f"{folder / CONFIG} is missing or damaged: {REMEDY}.") from None
+    if kind != "LORA":
+        raise WorkshopError(f"{folder / CONFIG} describes a {kind} adapter and LORA is needed: {REMEDY}.")
+
+
+def _check_weights(folder: Path) -> dict[str, list[int]]:
+    """Name and shape of each tensor. The file's header says how long it must be: a cut file fails here."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise WorkshopError(
+            f"{folder / WEIGHTS} is not a whole safetensors file ({reason}): {REMEDY}."
+        ) from None
+    if not any("lora_" in name for name in shapes):
+        raise WorkshopError(f"{folder / WEIGHTS} holds no LoRA weights: {REMEDY}.")
+    return shapes
+
+
+def _check_shapes(folder: Path, profile: "Profile", shapes: dict[str, list[int]]) -> None:
+    """Weights of another architecture load with a warning, or end in a traceback: hold them against those
+    that PEFT makes for this base model, on the meta device, where neither needs memory."""
+    import torch
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    config = base_config(profile)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's: the base model lay in another folder
+            tuned = get_peft_model(
+                AutoModelForCausalLM.from_config(config), PeftConfig.from_pretrained(folder)
+            )
+        needed = {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(tuned).items()}
+    except (ValueError, TypeError, RuntimeError) as error:  # such as: no layer of that name
+        raise WorkshopError(
+            f"{folder / CONFIG} does not fit {profile.model} ({str(error).splitlines()[0][:100]}): {REMEDY}."
+        ) from None
+    other = sorted(name for name in {**needed, **shapes} if needed.get(name) != shapes.get(name))
+    if other:
+        raise WorkshopError(
+            f"The adapter in {folder} was made for another model than {profile.model} ({other[0]} is "
+            f"{shapes.get(other[0], 'missing')} and must be {needed.get(other[0], 'absent')}): {REMEDY}."
+        )
+
+
+# --- Real runs that are kept in the repository, to be taught from where their notebooks were not run.
+#
+# Their files lie in `notebooks/precomputed/`, written by `scripts/make_precomputed.py` out of a finished
+# run. The run in its folder `case_study/` went wrong, which is what it is kept for.
+
+BLUE, ORANGE = "#0072B2", "#E69F00"
+
+
+@dataclass(frozen=True)
+class KeptRun:
+    """The run in `folder`: its label, losses, answers and evaluation."""
+
+    folder: Path
+
+    @cached_property
+    def training(self) -> dict:
+        """The run card of the adapter, as notebook 04 wrote it."""
+        return self._card("adapter", CARD)
+
+    @cached_property
+    def label(self) -> str:
+        """Which model, data, settings, device and day: shown wherever something of this run is shown."""
+        from fiqa_helpers.profiles import Profile
+
+        profile, device = self.training["profile"], self.notebook("04")["device"]
+        names = Profile.__dataclass_fields__
+        known = Profile(**{n: profile.get(n, getattr(REFERENCE, n)) for n in names})
+        words = known.banner()
+        kept = f"{known.topical_words} words of each answer" if known.topical_words else "whole answers"
+        where = (device["gpu"] or {}).get("name") or f"{device['cores']} cores of {device['cpu']}"
+        panel = self.training["panel"]
+        return (
+            f"Precomputed run: {words.partition('): ')[2]}; {panel['step']} steps of {profile['batch_size']} "
+            f"rows, {kept}, learning rate {profile['learning_rate']:g}, on {where}, "
+            f"{self.training['written'][:10]}, torch {self.training['versions']['torch']}"
+        )
+
+    def notebook(self, number: str) -> dict:
+        """The run card of one of its notebooks, "01" to "06"."""
+        return self._card("run_cards", f"{number}.json")
+
+    @cached_property
+    def evaluation(self) -> dict:
+        """The summary of notebook 06: comparisons and floors."""
+        return self._card("evaluation.json")
+
+    def history(self) -> "pd.DataFrame":
+        """Losses (nats per answer token) and learning rate, one line a step."""
+        import pandas as pd
+
+        return pd.DataFrame(self.training["panel"]["history"]).set_index("step")
+
+    def _card(self, *parts: str) -> dict:
+        card = read_card(self.folder.joinpath(*parts))
+        if card is None:
+            raise WorkshopError(
+                f"{self.folder.joinpath(*parts)} is missing or damaged: take it from the repository again."
+            )
+        return card
+
+
+def load_kept() -> KeptRun:
+    """The precomputed run of this repository: profile laptop, evaluated on all 100 test rows.
+
+    Raises:
+        WorkshopError: later, when a file of it is asked for and missing.
+    """
+    return KeptRun(project_root() / "notebooks" / "precomputed")
+
+
+def case_study() -> KeptRun:
+    """A run of which only the loss became better: whole answers, and decoding without the guard."""
+    return KeptRun(load_kept().folder / "case_study")
+
+
+def adapter_folder(workspace: Workspace, profile: "Profile") -> Path:
+    """Notebook 04's adapter in `workspace`; where it was not run, the precomputed one, which is announced.
+
+    The precomputed adapter serves only profiles with its own model, data, prompt and training answers. For
+    others the folder of notebook 04 is returned although it is empty, and `check_adapter` says what to run.
+    """
+    own, kept = workspace.final_model, load_kept()
+    card = read_card(kept.folder / "adapter" / CARD)
+    if own.exists() or card is None:
+        return own
+    kept_profile = asdict(REFERENCE) | card["profile"]
+    if any(kept_profile[key] != getattr(profile, key) for key in MUST_AGREE):
+        return own
+    print(f"Notebook 04 was not run in this workdir, so this is not your adapter.\n{kept.label}.")
+    return kept.folder / "adapter"
+
+
+def draw_losses(kept: KeptRun, own: "pd.DataFrame | None" = None) -> tuple["Figure", str]:
+    """(figure, alt text): losses of the precomputed run, and the validation loss of `own` history beside."""
+    from matplotlib.figure import Figure
+
+    history = kept.history()
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(history["loss"].dropna(), ".", color=BLUE, alpha=0.4, label="precomputed: training")
+    validation = history["eval_loss"].dropna()
+    axes.plot(validation, "--D", color=ORANGE, ms=5, label="precomputed: validation")
+    alt = f"Validation loss of the precomputed run: {validation.iloc[0]:.3f} at step {validation.index[0]}, "
+    alt += f"lowest {validation.min():.3f} at step {validation.idxmin()}, last {validation.iloc[-1]:.3f}."
+    if own is not None and len(mine := own["eval_loss"].dropna()):
+        axes.plot(mine, "-s", color="black", ms=5, label="your run: validation")
+        alt += f" Yours: {mine.iloc[0]:.3f}, then {mine.min():.3f}."
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per answer token")
+    axes.legend(frameon=False)
+    return figure, alt

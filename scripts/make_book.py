@@ -14,8 +14,7 @@ from pathlib import Path
 
 import nbformat
 
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.paths import Workspace, project_root
+from fiqa_helpers.base import WorkshopError, Workspace, project_root
 
 CONTENTS = """
 ```{{toctree}}

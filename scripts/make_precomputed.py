@@ -18,11 +18,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fiqa_helpers import precomputed, show  # noqa: E402
-from fiqa_helpers.adapters import CARD, CONFIG, WEIGHTS  # noqa: E402
-from fiqa_helpers.errors import WorkshopError  # noqa: E402
+from fiqa_helpers import model, show  # noqa: E402
+from fiqa_helpers.base import (  # noqa: E402
+    WorkshopError,  # noqa: E402
+    read_card,
+    write_json,
+)
 from fiqa_helpers.metrics import METRICS  # noqa: E402
-from fiqa_helpers.runcard import read_card, write_json  # noqa: E402
+from fiqa_helpers.model import CARD, CONFIG, WEIGHTS  # noqa: E402
 
 LIMIT = 2_200_000  # bytes of everything
 TEMPLATE = Path(__file__).with_name("precomputed_page.md")
@@ -37,11 +40,11 @@ def main() -> int:
     parser.add_argument("workdir", type=Path, nargs="?")
     parser.add_argument("--page", action="store_true")
     options = parser.parse_args()
-    kept = precomputed.load()
+    kept = model.load_kept()
     if not options.page:
         take_over(options.workdir, kept.folder)
         picture = io.BytesIO()
-        precomputed.draw_losses(kept)[0].savefig(picture, dpi=100)
+        model.draw_losses(kept)[0].savefig(picture, dpi=100)
         with_palette(picture, kept.folder / "plots" / "04_losses.png")
     (kept.folder / "README.md").write_text(page(kept), encoding="utf-8")
     size = sum(path.stat().st_size for path in kept.folder.rglob("*") if path.is_file())
@@ -94,7 +97,7 @@ def with_palette(source: Path | io.BytesIO, target: Path, colours: int = 24) -> 
     image.quantize(colours, dither=Image.Dither.NONE).save(target, "PNG", optimize=True)
 
 
-def page(kept: precomputed.KeptRun) -> str:
+def page(kept: model.KeptRun) -> str:
     """The run to read and to teach from, without running anything."""
     one, two, five = (kept.notebook(number)["facts"] for number in ("01", "02", "05"))
     validation = kept.history()["eval_loss"].dropna()
@@ -118,7 +121,7 @@ def page(kept: precomputed.KeptRun) -> str:
         best=validation.min(),
         best_step=validation.idxmin(),
         last=validation.iloc[-1],
-        losses=precomputed.draw_losses(kept)[1],
+        losses=model.draw_losses(kept)[1],
         answers="\n".join(line(map(cell, row)) for row in answers),
         rows=evaluation["rows"],
         test_rows=evaluation["test_rows"],

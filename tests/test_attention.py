@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fiqa_helpers import attention, model
-from fiqa_helpers.batching import pack_rows, pad_rows
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.prompts import IGNORE_INDEX, encode
+from fiqa_helpers import model
+from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.machinery import fast
+from fiqa_helpers.rows import IGNORE_INDEX, encode, pack_rows, pad_rows
 
 LOSS_ONLY = ("labels", "shift_labels", "logits_to_keep")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,8 +47,8 @@ def tiny_model(llama3_tokenizer):
 @pytest.fixture
 def packed_model(tiny_model, monkeypatch):
     """The tiny model (4 query, 2 key heads) on the registered function; only its kernel is replaced."""
-    monkeypatch.setattr(attention, "_kernel", per_row_sdpa)
-    tiny_model.set_attn_implementation(attention.register_packed_attention())
+    monkeypatch.setattr(fast, "_kernel", per_row_sdpa)
+    tiny_model.set_attn_implementation(fast.register_packed_attention())
     return tiny_model.eval()
 
 
@@ -73,8 +73,8 @@ def with_one_row_changed(rows: list[dict], changed: int) -> list[dict]:
 def test_registered_function_gives_the_padded_models_logits(tiny_model, rows, monkeypatch):
     """Heads repeated in the wrong order, limits off by one, a wrong scale: logits of another model."""
     padded = logits(tiny_model.eval(), pad_rows(rows, 0))
-    monkeypatch.setattr(attention, "_kernel", per_row_sdpa)
-    tiny_model.set_attn_implementation(attention.register_packed_attention())
+    monkeypatch.setattr(fast, "_kernel", per_row_sdpa)
+    tiny_model.set_attn_implementation(fast.register_packed_attention())
     for row, one, many in zip(rows, split(logits(tiny_model, pack_rows(rows)), rows), padded, strict=True):
         torch.testing.assert_close(one, many[: len(row["input_ids"])], rtol=1e-5, atol=1e-5)
 
@@ -82,7 +82,7 @@ def test_registered_function_gives_the_padded_models_logits(tiny_model, rows, mo
 def test_it_is_the_registered_function_that_runs(packed_model, rows, monkeypatch):
     """transformers falling back to another implementation: the tests here would prove nothing."""
     calls = []
-    monkeypatch.setattr(attention, "_kernel", lambda *args: calls.append(args) or per_row_sdpa(*args))
+    monkeypatch.setattr(fast, "_kernel", lambda *args: calls.append(args) or per_row_sdpa(*args))
     logits(packed_model, pack_rows(rows))
     assert len(calls) == packed_model.config.num_hidden_layers
     query, key, value, limits, longest, scaling = calls[0]
@@ -160,15 +160,15 @@ def test_padded_rows_under_the_registered_name(packed_model, rows):
 )
 def test_sdpa_everywhere_but_for_packed_rows_on_a_gpu(layout, device, expected):
     """The kernel has no CPU version."""
-    assert attention.attention_implementation(layout, device) == expected
+    assert fast.attention_implementation(layout, device) == expected
 
 
 def test_packed_rows_on_a_gpu_take_the_kernel_or_say_why_not(monkeypatch):
     """An older torch ends in ModuleNotFoundError in the first training step."""
-    assert attention.attention_implementation("packed", "cuda") == attention.NAME
+    assert fast.attention_implementation("packed", "cuda") == fast.NAME
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(WorkshopError, match=r"torch .* has no variable-length attention.*layout: padded"):
-        attention.attention_implementation("packed", "cuda")
+        fast.attention_implementation("packed", "cuda")
 
 
 @pytest.mark.cuda
@@ -182,7 +182,7 @@ class TestOnCuda:
         import copy
 
         model = copy.deepcopy(tiny_model).to("cuda", torch.bfloat16).eval()
-        model.set_attn_implementation(attention.register_packed_attention())
+        model.set_attn_implementation(fast.register_packed_attention())
         return tiny_model.cuda().eval(), model
 
     @staticmethod

@@ -5,9 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiqa_helpers.batching import StepCollator, pack_rows, pad_rows, split_rows
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.prompts import IGNORE_INDEX
+from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.rows import IGNORE_INDEX, StepCollator, pack_rows, pad_rows, split_rows
 
 PAD = 9_999
 layouts = pytest.mark.parametrize("layout", ["padded", "packed"])

@@ -44,12 +44,12 @@ def test_rows_have_the_measured_lengths(module):
 
 def test_memory_ledger_within_a_tenth_of_what_was_measured(module):
     """The ledger is a promise about a card that most readers do not have."""
-    from fiqa_helpers import memory
+    from fiqa_helpers.machinery import machine
     from fiqa_helpers.profiles import PROFILES
 
     for run in module("report").load()["runs"][:2]:
-        predicted = memory.predict(PROFILES[run["name"]], memory.nemotron_config()).total / memory.GIB
-        assert predicted == pytest.approx(run["peak_reserved_with_evaluation_gib"], rel=0.1)
+        predicted = machine.predict_memory(PROFILES[run["name"]], machine.nemotron_config()).total
+        assert predicted / machine.GIB == pytest.approx(run["peak_reserved_with_evaluation_gib"], rel=0.1)
 
 
 @pytest.mark.parametrize("script", ["bench.py", "contenders.py", "laptop.py"])

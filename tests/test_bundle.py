@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fiqa_helpers import bundle, paths
-from fiqa_helpers.assets import ASSETS
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.wheels import local_wheel
+from fiqa_helpers import __main__ as cli
+from fiqa_helpers import base
+from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.machinery.assets import ASSETS, local_wheel
 
 LOOPBACK = """
 import fcntl, os, socket, struct, sys
@@ -26,7 +26,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> Path:
     """The real archive, with the real wheels (fetched once into the cache)."""
-    return bundle.make_bundle(tmp_path_factory.mktemp("stick") / "fiqa-workshop.tar")
+    return cli.make_bundle(tmp_path_factory.mktemp("stick") / "fiqa-workshop.tar")
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ def test_the_stick_is_enough_without_a_network(packed, tmp_path):
 
 def clone(project: Path, folder: Path) -> Path:
     """A small git clone that counts as the project."""
-    for name in ("fiqa_helpers/paths.py", "notebooks/00_start_here.ipynb"):
+    for name in ("fiqa_helpers/base.py", "notebooks/00_start_here.ipynb"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(project / name, folder / name)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
@@ -94,13 +94,13 @@ def test_only_what_git_knows_is_packed(project, tmp_path):
     folder = clone(project, tmp_path)
     (folder / "notes.txt").write_text("marks of the participants")
     (folder / "notebooks" / "00_start_here.ipynb").unlink()
-    assert bundle.project_files(folder) == [folder / "fiqa_helpers" / "paths.py"]
+    assert cli.project_files(folder) == [folder / "fiqa_helpers" / "base.py"]
 
 
 def test_outside_a_clone_there_is_one_sentence(tmp_path):
     """An unpacked archive has no git: it cannot be told what belongs to the project."""
     with pytest.raises(WorkshopError, match="is no git clone"):
-        bundle.project_files(tmp_path)
+        cli.project_files(tmp_path)
 
 
 def test_a_damaged_wheel_is_not_packed(tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_a_damaged_wheel_is_not_packed(tmp_path, monkeypatch):
     (tmp_path / "stick" / asset.wheel).write_bytes(b"PK damaged")
     monkeypatch.setenv("FIQA_WHEELS", str(tmp_path / "stick"))
     with pytest.raises(WorkshopError, match="does not have the pinned SHA-256 and is not packed"):
-        bundle.get_wheel("fiqa_test", tmp_path / "kept")
+        cli.get_wheel("fiqa_test", tmp_path / "kept")
     assert not (tmp_path / "kept" / asset.wheel).exists()
 
 
@@ -122,6 +122,6 @@ def test_wheels_beside_the_project_are_found(project, tmp_path, monkeypatch):
     (folder / "wheels" / asset.wheel).write_bytes(b"")
     monkeypatch.delenv("FIQA_WHEELS", raising=False)
     monkeypatch.chdir(folder)
-    assert paths.project_root() == folder
+    assert base.project_root() == folder
     assert local_wheel(asset) == folder / "wheels" / asset.wheel
     assert local_wheel(ASSETS["smollm2"]) is None

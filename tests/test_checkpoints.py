@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from fiqa_helpers import checkpoints, run_identity
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.paths import Workspace
+from fiqa_helpers.base import WorkshopError, Workspace
+from fiqa_helpers.machinery import checkpoints
 from fiqa_helpers.profiles import load_profile
 
 ROWS = {"train": "a" * 64, "validation": "b" * 64}
@@ -112,7 +111,7 @@ def test_run_with_other_rows_or_prompt_text_is_refused(tmp_path, monkeypatch):
     checkpoints.open_run(workspace, profile, ROWS)
     with pytest.raises(WorkshopError, match=r"the validation rows changed \(validation_sha256\)"):
         checkpoints.open_run(workspace, profile, ROWS | {"validation": "c" * 64})
-    monkeypatch.setattr(run_identity, "SYSTEM_TEXT", "Answer briefly.")
+    monkeypatch.setattr(checkpoints, "SYSTEM_TEXT", "Answer briefly.")
     with pytest.raises(WorkshopError, match="the prompt template changed"):
         checkpoints.open_run(workspace, profile, ROWS)
 
@@ -172,8 +171,8 @@ def test_fresh_keeps_the_earlier_run_and_adapter(tmp_path, capsys):
 
 HOLDER = """
 import sys
-from fiqa_helpers import checkpoints
-from fiqa_helpers.paths import Workspace
+from fiqa_helpers.machinery import checkpoints
+from fiqa_helpers.base import Workspace
 from fiqa_helpers.profiles import load_profile
 checkpoints.open_run(Workspace(sys.argv[1]), load_profile("tiny"), {"train": "a", "validation": "b"})
 print("open", flush=True)

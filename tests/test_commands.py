@@ -10,9 +10,11 @@ from pathlib import Path
 import peft
 import pytest
 
-from fiqa_helpers import checkpoints, data, model, runner
+from fiqa_helpers import __main__ as cli
+from fiqa_helpers import data, model
 from fiqa_helpers.__main__ import main, parser
-from fiqa_helpers.paths import Workspace
+from fiqa_helpers.base import Workspace
+from fiqa_helpers.machinery import checkpoints
 from fiqa_helpers.profiles import load_profile
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -46,7 +48,7 @@ def options_of(command: str) -> dict[str, argparse.Action]:
 def test_options_are_the_notebooks_parameters(command, number, other, elsewhere):
     """A parameter renamed or retyped in a notebook would be passed on under its old name, and ignored."""
     (notebook,) = (PROJECT / "notebooks").glob(f"{number}_*.ipynb")
-    known = {name: found["inferred_type_name"] for name, found in runner.parameters_of(notebook).items()}
+    known = {name: found["inferred_type_name"] for name, found in cli.parameters_of(notebook).items()}
     options = options_of(command)
     assert set(options) - other == set(known) - elsewhere
     for name in set(options) - other:
@@ -90,10 +92,10 @@ def executed_notebooks(monkeypatch):
 
     def execute(notebook, workspace, values, *rest):
         passed[notebook.name[:2]] = values
-        return runner.Done(notebook.stem, 1.0, "a figure", notebook)
+        return cli.Done(notebook.stem, 1.0, "a figure", notebook)
 
-    monkeypatch.setattr(runner, "use_own_kernel", lambda: None)
-    monkeypatch.setattr(runner, "execute", execute)
+    monkeypatch.setattr(cli, "use_own_kernel", lambda: None)
+    monkeypatch.setattr(cli, "execute", execute)
     return passed
 
 

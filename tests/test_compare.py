@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from fiqa_helpers import precomputed
-from fiqa_helpers.compare import compare, read_runs
-from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers import model
+from fiqa_helpers.__main__ import compare, read_runs
+from fiqa_helpers.base import WorkshopError
 
 
 @pytest.fixture
 def two_runs(tmp_path) -> list[str]:
     """The cards of the precomputed run in two workdirs, the second with another rank and another curve."""
-    kept = precomputed.load().folder
+    kept = model.load_kept().folder
     for name in ("first", "second"):
         cards, final = (
             tmp_path / name / "outputs" / "run_cards",
@@ -46,7 +46,7 @@ def test_only_what_differs_is_listed(two_runs):
     assert page == Path(two_runs[0]) / "outputs" / "compare.html"
     assert html.count("<svg") == 1 and 'aria-label="Validation loss: first' in html
     for number in ("04", "06"):
-        assert precomputed.load().notebook(number)["figure"][:30] in text
+        assert model.load_kept().notebook(number)["figure"][:30] in text
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", html), "the page loads nothing"
 
 

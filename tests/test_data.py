@@ -10,9 +10,8 @@ from pathlib import Path
 import local_hub
 import pytest
 
-from fiqa_helpers import data, row_files
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.paths import Workspace
+from fiqa_helpers import data
+from fiqa_helpers.base import WorkshopError, Workspace
 
 
 @pytest.fixture(scope="session")
@@ -179,13 +178,13 @@ def test_right_to_left_and_other_scripts_stay(tmp_path, rows):
 
 
 REPAIRS = [
-    ("empty answer", {"question": "Why?", "ground_truths": [""]}, row_files.EMPTY),
-    ("no answers", {"question": "Why?", "ground_truths": []}, row_files.EMPTY),
-    ("null answer", {"question": "Why?", "ground_truths": None}, row_files.EMPTY),
-    ("empty question", {"question": " \n", "ground_truths": ["Because."]}, row_files.EMPTY),
-    ("null question", {"question": None, "ground_truths": ["Because."]}, row_files.EMPTY),
-    ("10 MB answer", {"question": "Why?", "ground_truths": ["word " * 2_000_000]}, row_files.TOO_LONG),
-    ("10 MB of brackets", {"question": "Why?", "ground_truths": "[" * 10_000_000}, row_files.TOO_LONG),
+    ("empty answer", {"question": "Why?", "ground_truths": [""]}, data.EMPTY),
+    ("no answers", {"question": "Why?", "ground_truths": []}, data.EMPTY),
+    ("null answer", {"question": "Why?", "ground_truths": None}, data.EMPTY),
+    ("empty question", {"question": " \n", "ground_truths": ["Because."]}, data.EMPTY),
+    ("null question", {"question": None, "ground_truths": ["Because."]}, data.EMPTY),
+    ("10 MB answer", {"question": "Why?", "ground_truths": ["word " * 2_000_000]}, data.TOO_LONG),
+    ("10 MB of brackets", {"question": "Why?", "ground_truths": "[" * 10_000_000}, data.TOO_LONG),
 ]
 
 
@@ -200,9 +199,9 @@ def test_unusable_rows_are_left_out_and_counted(tmp_path, rows, capsys, row, kin
 @pytest.mark.parametrize(
     ("text", "clean", "kind"),
     [
-        ("be\x00cause", "because", row_files.CONTROLS),
-        ("\x1b[31mred\x1b[0m", "[31mred[0m", row_files.CONTROLS),
-        ("half \ud83d a pair", "half \ufffd a pair", row_files.SURROGATES),
+        ("be\x00cause", "because", data.CONTROLS),
+        ("\x1b[31mred\x1b[0m", "[31mred[0m", data.CONTROLS),
+        ("half \ud83d a pair", "half \ufffd a pair", data.SURROGATES),
     ],
     ids=["NUL", "terminal escape", "lone surrogate"],
 )
@@ -534,7 +533,8 @@ def test_fingerprint_sees_every_change(packaged):
 def test_a_hundred_thousand_rows(tmp_path, fiqa_rows):
     """Memory must stay below 1.5 GB and time must grow with the rows, not with their square."""
     code = (
-        "import sys, time, datasets; from pathlib import Path; from fiqa_helpers import data, machine\n"
+        "import sys, time, datasets; from pathlib import Path; from fiqa_helpers import data\n"
+        "from fiqa_helpers.machinery import machine\n"
         "start = time.process_time(); splits = data.load_fiqa(sys.argv[1]); out = Path(sys.argv[1]).parent\n"
         "(out / 'out').mkdir(exist_ok=True); data.write_processed(splits, out / 'out')\n"
         "data.read_processed(out / 'out')\n"

@@ -8,15 +8,14 @@ from test_attention import per_row_sdpa
 from torch.nn import functional
 from transformers import TrainingArguments
 
-from fiqa_helpers import attention
-from fiqa_helpers.batching import StepCollator
+from fiqa_helpers.machinery import fast
 from fiqa_helpers.model import tiny_model
-from fiqa_helpers.prompts import IGNORE_INDEX, encode
-from fiqa_helpers.training import AnswerTrainer
+from fiqa_helpers.rows import IGNORE_INDEX, StepCollator, encode
+from fiqa_helpers.trainer import AnswerTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LIMIT = 320  # max_length here, in tokens; a token is a byte
-IMPLEMENTATIONS = {"padded": "sdpa", "packed": "sdpa", "packed kernel": attention.NAME}
+IMPLEMENTATIONS = {"padded": "sdpa", "packed": "sdpa", "packed kernel": fast.NAME}
 ways = pytest.mark.parametrize("way", IMPLEMENTATIONS)
 
 
@@ -53,8 +52,8 @@ def model(llama3_tokenizer):
 @pytest.fixture
 def make_trainer(model, llama3_tokenizer, tmp_path, monkeypatch):
     """trainer(way, tokens_per_batch, rows): the workshop's own trainer on the model, freshly configured."""
-    monkeypatch.setattr(attention, "_kernel", per_row_sdpa)
-    attention.register_packed_attention()
+    monkeypatch.setattr(fast, "_kernel", per_row_sdpa)
+    fast.register_packed_attention()
 
     def make(way: str, tokens_per_batch: int, rows: list[dict], kind=AnswerTrainer, **arguments):
         model.get_base_model().set_attn_implementation(IMPLEMENTATIONS[way])

@@ -12,18 +12,33 @@ from threading import Thread
 
 import pytest
 
-from fiqa_helpers import data, evaluation_report, leaks, metrics, profiles
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.evaluation import ANSWERS_LOG, SCORES_LOG, choose_rows, evaluate, read_log
-from fiqa_helpers.paths import Workspace
-from fiqa_helpers.solvers import Decoding, EndpointSolver, ModelSolver
+from fiqa_helpers import data, metrics, profiles
+from fiqa_helpers.base import WorkshopError, Workspace
+from fiqa_helpers.evaluate import (
+    ANSWERS_LOG,
+    SCORES_LOG,
+    Decoding,
+    EndpointSolver,
+    ModelSolver,
+    choose_rows,
+    compare_all,
+    comparison_table,
+    evaluate,
+    floor_means,
+    in_words,
+    most_changed,
+    read_log,
+    refuse_leak,
+    save_evaluation,
+    score_floors,
+)
 
 SHORT = Decoding(max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")
 def similarity():
-    from fiqa_helpers.similarity import Similarity
+    from fiqa_helpers.metrics import Similarity
 
     return Similarity()
 
@@ -95,17 +110,17 @@ def both(workspace, rows, model, tokenizer, similarity, decoding=SHORT):
 
 def test_a_copy_of_the_base_is_no_difference(workspace, rows, adapted, tiny_tokenizer, similarity):
     """An adapter that changes nothing must not win or lose by chance, in any metric."""
-    from fiqa_helpers.reference_nll import reference_nll
+    from fiqa_helpers.evaluate import reference_nll
 
     base, tuned = both(workspace, rows, adapted, tiny_tokenizer, similarity)
     for side, tuned_side in ((base, False), (tuned, True)):
         with solver_for(adapted, tiny_tokenizer, tuned_side).active():
             side.add("nll", reference_nll(adapted, tiny_tokenizer, rows, profiles.load_profile("tiny")))
-    found = evaluation_report.compare_all(base, tuned)
+    found = compare_all(base, tuned)
     assert set(found) == set(metrics.METRICS)
     assert {comparison.verdict for comparison in found.values()} == {"no difference"}
-    floors = evaluation_report.score_floors(rows, similarity)
-    assert "no difference is shown" in evaluation_report.in_words(found, floors, len(rows))
+    floors = score_floors(rows, similarity)
+    assert "no difference is shown" in in_words(found, floors, len(rows))
 
 
 def test_an_oracle_is_perfect(workspace, rows, similarity):
@@ -134,7 +149,7 @@ def test_an_oracle_is_perfect(workspace, rows, similarity):
 
 def test_answers_are_made_in_full_batches(workspace, rows, adapted, tiny_tokenizer, similarity):
     """One at a time would take hours on a GPU; a batch in the wrong order gives a row another's answer."""
-    from fiqa_helpers.generation import generate_answers
+    from fiqa_helpers.generate import generate_answers
 
     solver = solver_for(adapted, tiny_tokenizer)
     found = evaluate(workspace, rows, solver, similarity, "tuned")
@@ -292,7 +307,7 @@ def test_an_interrupt_ends_at_the_next_token(workspace, rows, adapted, tiny_toke
 
 
 PROGRESS = """
-from fiqa_helpers.eval_progress import EvalProgress
+from fiqa_helpers.show import EvalProgress
 progress = EvalProgress("base", 40, 10)
 for i in range(40):
     progress.on_step()
@@ -320,16 +335,16 @@ def test_progress_leaves_one_line_in_a_notebook(person, monkeypatch, tmp_path, c
 
 def test_time_left_counts_what_is_in_work(monkeypatch):
     """Kept answers cost nothing: counted as work they would promise an end that is far too near."""
-    from fiqa_helpers import eval_progress
+    from fiqa_helpers import show
 
     now = [100.0]
-    monkeypatch.setattr(eval_progress.time, "perf_counter", lambda: now[0])
-    progress = eval_progress.EvalProgress("tuned", 100, reused=40, in_batch=lambda: 5.0)
+    monkeypatch.setattr(show.time, "perf_counter", lambda: now[0])
+    progress = show.EvalProgress("tuned", 100, reused=40, in_batch=lambda: 5.0)
     for _ in range(45):
         progress.on_step()
     now[0] += 10
     assert progress.line() == "tuned: 50 of 100 answers, 50 s left"  # 10 new ones in 10 s, 50 to go
-    assert [eval_progress.duration(t) for t in (59, 200, 7500)] == ["59 s", "3 min 20 s", "2 h 5 min"]
+    assert [show.duration(t) for t in (59, 200, 7500)] == ["59 s", "3 min 20 s", "2 h 5 min"]
 
 
 def test_two_at_once_are_refused(workspace, rows, adapted, tiny_tokenizer, similarity):
@@ -344,10 +359,10 @@ def test_two_at_once_are_refused(workspace, rows, adapted, tiny_tokenizer, simil
 KILLED = """
 import json, sys
 from fiqa_helpers import model, profiles
-from fiqa_helpers.evaluation import evaluate
-from fiqa_helpers.paths import Workspace
-from fiqa_helpers.similarity import Similarity
-from fiqa_helpers.solvers import Decoding, ModelSolver
+from fiqa_helpers.evaluate import evaluate
+from fiqa_helpers.base import Workspace
+from fiqa_helpers.metrics import Similarity
+from fiqa_helpers.evaluate import Decoding, ModelSolver
 
 profile = profiles.load_profile("tiny")
 tokenizer = model.load_tokenizer(profile)
@@ -392,8 +407,8 @@ def test_reference_nll_is_the_models_own_loss(tiny_model, tiny_tokenizer, rows):
     """Padding, the shift by one or a row mixed up with its neighbour would all give plausible numbers."""
     import torch
 
-    from fiqa_helpers.prompts import encode
-    from fiqa_helpers.reference_nll import reference_nll
+    from fiqa_helpers.evaluate import reference_nll
+    from fiqa_helpers.rows import encode
 
     profile = profiles.load_profile("tiny", "{max_length: 200, tokens_per_batch: 800}")
     found = reference_nll(tiny_model, tiny_tokenizer, rows, profile)
@@ -407,7 +422,7 @@ def test_reference_nll_is_the_models_own_loss(tiny_model, tiny_tokenizer, rows):
 
 def test_kept_nll_is_not_used_for_another_cut(tiny_model, tiny_tokenizer, rows, tmp_path):
     """A file of values for other lengths or other rows would be taken for this model's."""
-    from fiqa_helpers.reference_nll import reference_nll
+    from fiqa_helpers.evaluate import reference_nll
 
     kept, short = tmp_path / "nll.json", profiles.load_profile("tiny", "{max_length: 100}")
     first = reference_nll(tiny_model, tiny_tokenizer, rows, short, kept)
@@ -425,12 +440,12 @@ def test_an_adapter_is_not_tested_on_its_lessons(workspace, fiqa_rows):
             f"{split}_sha256": data.fingerprint(splits[split]) for split in ("train", "validation")
         }
     }
-    assert "None of the 100" in leaks.refuse_leak(card, list(splits["test"]), workspace)
+    assert "None of the 100" in refuse_leak(card, list(splits["test"]), workspace)
     with pytest.raises(WorkshopError, match="548 of these 648"):
-        leaks.refuse_leak(card, fiqa_rows, workspace)
+        refuse_leak(card, fiqa_rows, workspace)
     disguised = [{"question": f"  {splits['train'][0]['question'].upper()}?!"}]
     with pytest.raises(WorkshopError, match="1 of these 1"):
-        leaks.refuse_leak(card, disguised, workspace)
+        refuse_leak(card, disguised, workspace)
 
 
 def test_a_leak_is_found_in_rows_of_ones_own(workspace, fiqa_rows):
@@ -440,12 +455,12 @@ def test_a_leak_is_found_in_rows_of_ones_own(workspace, fiqa_rows):
     data.write_processed(own, workspace.data)
     card = {"definition": {"train_sha256": data.fingerprint(own["train"])}}
     with pytest.raises(WorkshopError, match="10 of these 10"):
-        leaks.refuse_leak(card, list(own["train"]), workspace)
-    assert "None of the 10" in leaks.refuse_leak(card, list(own["test"]), workspace)
+        refuse_leak(card, list(own["train"]), workspace)
+    assert "None of the 10" in refuse_leak(card, list(own["test"]), workspace)
     with pytest.raises(WorkshopError, match="10 of these 10"):  # an older card, without fingerprints
-        leaks.refuse_leak({"profile": {"data": "packaged"}}, list(own["train"]), workspace)
+        refuse_leak({"profile": {"data": "packaged"}}, list(own["train"]), workspace)
     for unknown in ({}, {"definition": {"train_sha256": "0" * 64}}, {"profile": {"data": "hub"}}):
-        assert "cannot be ruled out" in leaks.refuse_leak(unknown, list(own["test"]), workspace)
+        assert "cannot be ruled out" in refuse_leak(unknown, list(own["test"]), workspace)
 
 
 @pytest.fixture
@@ -488,7 +503,7 @@ def server():
 
 def test_an_endpoint_gets_the_workshops_own_prompt(workspace, rows, tiny_tokenizer, similarity, server):
     """A served model that is asked in another form, or not greedily, is not the model that was trained."""
-    from fiqa_helpers.prompts import build_prompt
+    from fiqa_helpers.rows import build_prompt
 
     url, asked = server
     solver = EndpointSolver(url, "base", tiny_tokenizer, "plain", SHORT.max_new_tokens)
@@ -497,7 +512,7 @@ def test_an_endpoint_gets_the_workshops_own_prompt(workspace, rows, tiny_tokeniz
         build_prompt(row["question"]) for row in rows
     )
     assert {(request["temperature"], request["max_tokens"]) for request in asked} == {(0.0, 6)}
-    floors = evaluation_report.score_floors(rows, similarity)
+    floors = score_floors(rows, similarity)
     assert found.values("similarity") == pytest.approx([s["similarity"] for s in floors["echo the question"]])
     again = EndpointSolver(url, "base", tiny_tokenizer, "plain", SHORT.max_new_tokens)
     assert evaluate(workspace, rows, again, similarity, "base").reused == len(asked) == len(rows)
@@ -518,13 +533,13 @@ def test_files_hold_every_row_and_the_plots_say_what_they_show(
     workspace, rows, adapted, tiny_tokenizer, similarity
 ):
     """A summary without its rows cannot be checked, and a figure without words is not there for everyone."""
-    from fiqa_helpers import evaluation_plots
+    from fiqa_helpers import evaluate
 
     make_noise(adapted, 0.5)
     base, tuned = both(workspace, rows, adapted, tiny_tokenizer, similarity)
-    floors = evaluation_report.score_floors(rows, similarity)
-    found = evaluation_report.compare_all(base, tuned)
-    samples, summary = evaluation_report.save(workspace, rows, base, tuned, floors, found, profile="tiny")
+    floors = score_floors(rows, similarity)
+    found = compare_all(base, tuned)
+    samples, summary = save_evaluation(workspace, rows, base, tuned, floors, found, profile="tiny")
     lines = [json.loads(line) for line in samples.read_text().splitlines()]
     assert [line["question"] for line in lines] == [row["question"] for row in rows]
     means = json.loads(summary.read_text())
@@ -534,13 +549,11 @@ def test_files_hold_every_row_and_the_plots_say_what_they_show(
         assert means["evaluator"][side]["summary"]["mean"] == pytest.approx(mean)  # the SDK agrees
     echo = sum(line["floors"]["echo the question"]["similarity"] for line in lines) / len(lines)
     assert means["floors"]["echo the question"]["similarity"] == pytest.approx(echo)
-    assert len(evaluation_report.table(found, floors)) == len(found)
-    figure, alt = evaluation_plots.differences(base, tuned, found["similarity"])
+    assert len(comparison_table(found, floors)) == len(found)
+    figure, alt = evaluate.draw_differences(base, tuned, found["similarity"])
     figure.savefig(workspace.plots / "a.png")
     assert f"{found['similarity'].difference:+.3f}" in alt and "zero" in alt
-    figure, alt = evaluation_plots.against_length(
-        base, tuned, evaluation_report.floor_means(floors, "similarity")
-    )
+    figure, alt = evaluate.draw_by_length(base, tuned, floor_means(floors, "similarity"))
     figure.savefig(workspace.plots / "b.png")
     assert all(name in alt for name in floors)
 
@@ -551,7 +564,7 @@ def test_changed_answers_are_shown_escaped(workspace, rows, adapted, tiny_tokeni
     base.add("similarity", [0.5] * 8)
     tuned.add("similarity", [0.9, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.1])
     tuned.add("answer", ["<script>alert(1)</script>"] * 8)
-    best, worst = evaluation_report.changes(base, tuned, 1)
+    best, worst = most_changed(base, tuned, 1)
     assert "<script>" not in best.html and "&lt;script&gt;" in best.html
     assert "+0.400" in best.text and rows[0]["question"][:20] in best.text
     assert "-0.400" in worst.text and rows[7]["question"][:20] in worst.text
@@ -561,7 +574,7 @@ def test_changed_answers_are_shown_escaped(workspace, rows, adapted, tiny_tokeni
 def test_a_broken_adapter_is_reported_as_worse(workspace, fiqa_rows, smollm2, similarity):
     """The whole point: an adapter of random weights on the real model must not pass for a fine-tuned one."""
     from fiqa_helpers import model
-    from fiqa_helpers.reference_nll import reference_nll
+    from fiqa_helpers.evaluate import reference_nll
 
     profile = profiles.load_profile("laptop", "{max_length: 160}")
     tokenizer = model.load_tokenizer(profile)
@@ -571,7 +584,7 @@ def test_a_broken_adapter_is_reported_as_worse(workspace, fiqa_rows, smollm2, si
     for side, is_tuned in ((base, False), (tuned, True)):
         with solver_for(broken, tokenizer, is_tuned).active():
             side.add("nll", reference_nll(broken, tokenizer, rows, profile))
-    found = evaluation_report.compare_all(base, tuned)
+    found = compare_all(base, tuned)
     assert {found[name].verdict for name in ("similarity", "token_f1", "rouge_l", "nll")} == {"worse"}
     assert found["similarity"].win_rate < 0.3
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.exercises import check
+from fiqa_helpers.base import WorkshopError, check
 
 PROJECT = Path(__file__).resolve().parent.parent
 SOLUTIONS = sorted((PROJECT / "notebooks" / "solutions").glob("*.ipynb"))
@@ -186,16 +185,17 @@ def solved(tmp_path_factory):
     00 to 03 need the rows that notebook 01 writes; the others get everything that the notebooks leave when
     they are run, on the tiny profile.
     """
-    from fiqa_helpers import data, notebook
-    from fiqa_helpers.paths import Workspace
+    from fiqa_helpers import data
+    from fiqa_helpers.base import Workspace
     from fiqa_helpers.profiles import load_profile
+    from fiqa_helpers.run import Run
 
     ready: dict[str, Solved] = {}
     workdirs: dict[str, Path] = {}
 
     def quick() -> Path:
         folder = tmp_path_factory.mktemp("rows")
-        run = notebook.Run("01", {}, load_profile("laptop"), Workspace(str(folder)))
+        run = Run("01", {}, load_profile("laptop"), Workspace(str(folder)))
         splits, report = data.load_with_report("packaged", run.workspace)
         run.finish("rows", data.write_processed(splits, run.workspace.data, report.source))
         return folder

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from training_child import Trainings, result
 
-from fiqa_helpers import checkpoints
+from fiqa_helpers.machinery import checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -142,8 +142,8 @@ def test_full_disk_at_any_file_of_a_checkpoint(trainings, tmp_path, size):
 
 OPEN = """
 import sys
-from fiqa_helpers import checkpoints
-from fiqa_helpers.paths import Workspace
+from fiqa_helpers.machinery import checkpoints
+from fiqa_helpers.base import Workspace
 from fiqa_helpers.profiles import load_profile
 checkpoints.open_run(Workspace(sys.argv[1]), load_profile("tiny"), {"train": "a", "validation": "b"})
 """

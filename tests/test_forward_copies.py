@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fiqa_helpers.forward_copies import ForwardCopies
+from fiqa_helpers.machinery.fast import ForwardCopies
 
 
 @pytest.fixture

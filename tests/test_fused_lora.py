@@ -12,7 +12,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 # Triton chooses its interpreter when it is imported, so the kernels run on the CPU in a process of their own.
 INTERPRETED = """
 import torch
-from fiqa_helpers import fused_lora
+from fiqa_helpers.machinery import fused_lora
 
 def apply(x, weight, a, b, probability):
     torch.manual_seed(5)
@@ -77,7 +77,7 @@ def tuned(tiny_model):
 def test_the_rest_is_left_to_peft(tuned, state, monkeypatch):
     """Evaluation, the base's answers, a merged adapter, fp32 adapters in a bf16 model: PEFT's own way."""
     pytest.importorskip("triton", reason="Triton is for Linux")
-    from fiqa_helpers import fused_lora
+    from fiqa_helpers.machinery import fused_lora
 
     def fail(*args):
         raise AssertionError("the fused layer ran")
@@ -102,7 +102,7 @@ def test_the_rest_is_left_to_peft(tuned, state, monkeypatch):
 def test_it_is_the_fused_layer_that_runs_in_training(tuned, monkeypatch):
     """All of the above would also hold if the fused layer never ran."""
     pytest.importorskip("triton", reason="Triton is for Linux")
-    from fiqa_helpers import fused_lora
+    from fiqa_helpers.machinery import fused_lora
 
     calls = []
     apply = lambda x, weight, *rest: calls.append(1) or torch.nn.functional.linear(x, weight)  # noqa: E731
@@ -119,7 +119,7 @@ def test_it_is_the_fused_layer_that_runs_in_training(tuned, monkeypatch):
 @pytest.mark.parametrize("tokens", [5, 1000, 8192])
 def test_on_the_gpu_it_agrees_with_fp64(probability, tokens):
     """The compiled kernels, in bf16, at the 8B model's sizes: within rounding of the formula in fp64."""
-    from fiqa_helpers import fused_lora
+    from fiqa_helpers.machinery import fused_lora
 
     torch.manual_seed(0)
     for width, out in ((4096, 4096), (4096, 1024)):

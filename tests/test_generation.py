@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from fiqa_helpers import attention, model
-from fiqa_helpers.generation import Answer, generate_answers
+from fiqa_helpers import model
+from fiqa_helpers.generate import Answer, generate_answers
+from fiqa_helpers.machinery import fast
 from fiqa_helpers.profiles import load_profile
-from fiqa_helpers.prompts import encode_prompt
+from fiqa_helpers.rows import encode_prompt
 
 QUESTIONS = [
     "What is a bond?",
@@ -150,7 +151,7 @@ def test_answers_under_packed_attention_equal_those_without(tiny):
     """A packed training run samples its answers from padded prompts: the padding must be masked there too."""
     base, tokenizer = tiny
     expected = generate_answers(base, tokenizer, QUESTIONS, max_new_tokens=8)
-    base.set_attn_implementation(attention.register_packed_attention())
+    base.set_attn_implementation(fast.register_packed_attention())
     assert generate_answers(base, tokenizer, QUESTIONS, max_new_tokens=8) == expected
 
 

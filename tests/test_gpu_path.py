@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from fiqa_helpers import gpu_path
-from fiqa_helpers.batching import StepCollator
-from fiqa_helpers.training import AnswerTrainer
+from fiqa_helpers.machinery import fast
+from fiqa_helpers.rows import StepCollator
+from fiqa_helpers.trainer import AnswerTrainer
 
 
 class Event:
@@ -24,7 +24,7 @@ class Event:
         self.over = True
 
 
-def pending(watch: gpu_path.Watch, steps: int) -> list[Event]:
+def pending(watch: fast.Watch, steps: int) -> list[Event]:
     """Steps whose numbers the GPU has not computed yet: loss = step, norm = 10 x step."""
     events = [Event() for _ in range(steps)]
     for step, event in enumerate(events, start=1):
@@ -34,16 +34,16 @@ def pending(watch: gpu_path.Watch, steps: int) -> list[Event]:
 
 def test_on_a_cpu_a_step_is_known_at_once():
     """A loss that is no number must stop the run before the optimizer, as it always did there."""
-    watch = gpu_path.Watch()
+    watch = fast.Watch()
     watch.add(7, [torch.tensor(1.0), torch.tensor(math.inf)], torch.tensor(2.0), ["a", "b"], optimizer=None)
     (numbers,) = watch.known()
-    assert numbers == gpu_path.Numbers(7, [1.0, math.inf], 2.0, ["a", "b"])
+    assert numbers == fast.Numbers(7, [1.0, math.inf], 2.0, ["a", "b"])
     assert list(watch.known(wait=True)) == []
 
 
 def test_what_is_not_computed_yet_is_not_waited_for():
     """Asking too early empties the GPU's queue: a fifth of every step."""
-    watch = gpu_path.Watch()
+    watch = fast.Watch()
     first, second, _ = pending(watch, 3)
     assert list(watch.known()) == []
     second.over = True  # of no use while the first is not
@@ -54,14 +54,14 @@ def test_what_is_not_computed_yet_is_not_waited_for():
 
 def test_no_more_than_a_few_steps_are_outstanding():
     """A broken run that is noticed a thousand steps later."""
-    watch = gpu_path.Watch()
-    pending(watch, gpu_path.MOST_PENDING + 2)
+    watch = fast.Watch()
+    pending(watch, fast.MOST_PENDING + 2)
     assert [numbers.step for numbers in watch.known()] == [1, 2]
 
 
 def test_before_a_checkpoint_everything_is_looked_at():
     """An adapter saved although its last step was bad."""
-    watch = gpu_path.Watch()
+    watch = fast.Watch()
     pending(watch, 3)
     found = list(watch.known(wait=True))
     assert [(n.step, sum(n.shares), n.norm) for n in found] == [
@@ -73,7 +73,7 @@ def test_before_a_checkpoint_everything_is_looked_at():
 
 def test_a_cpu_run_gets_no_gpu_options():
     """Arguments that only Liger understands, in a model without it."""
-    assert gpu_path.loss_options({"input_ids": torch.zeros(1, 4), "cu_seq_lens_q": None}) == {}
+    assert fast.loss_options({"input_ids": torch.zeros(1, 4), "cu_seq_lens_q": None}) == {}
 
 
 def test_a_machine_with_several_gpus(tiny_model, tmp_path):
@@ -92,7 +92,7 @@ def test_on_a_gpu_the_optimizer_skips_a_bad_step(tiny_model, tiny_tokenizer, tmp
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
 
-    from fiqa_helpers.errors import WorkshopError
+    from fiqa_helpers.base import WorkshopError
 
     for parameter in tiny_model.parameters():
         parameter.data = parameter.data.bfloat16()

@@ -16,10 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from panel_training import QUESTIONS, Answer, make_model, make_trainer, sampler
 
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.panel_chart import limits, smooth, ticks
-from fiqa_helpers.panel_picture import draw_png
-from fiqa_helpers.panel_view import (
+from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.machinery.live import (
     STYLE,
     View,
     clock,
@@ -27,7 +25,11 @@ from fiqa_helpers.panel_view import (
     draw_answers,
     draw_figures,
     draw_line,
+    draw_png,
     draw_title,
+    limits,
+    smooth,
+    ticks,
 )
 from fiqa_helpers.show import printable
 
@@ -41,7 +43,7 @@ def draw_html(view: View) -> str:
 
 def run_with_panel(folder, steps=8, resume=None, answer=None, before=None, **options):
     """Train the small model under a panel; returns panel, trainer and model."""
-    from fiqa_helpers.live import LivePanel
+    from fiqa_helpers.machinery.live import LivePanel
 
     model = make_model()
     panel = LivePanel(QUESTIONS, answer or sampler(model), 4, "Small", folder / "picture.png", live=False)
@@ -75,7 +77,7 @@ def notebook_file(folder: Path, sources: dict[str, str]) -> Path:
 
 TRAIN = """
 import panel_training as t
-from fiqa_helpers.live import LivePanel
+from fiqa_helpers.machinery.live import LivePanel
 model = t.make_model()
 panel = LivePanel(t.QUESTIONS, t.sampler(model), 4, "Small")
 trainer = t.make_trainer({run!r}, [panel], steps={steps}, seconds={seconds}, model=model, eval_on_start=True)
@@ -178,7 +180,7 @@ def test_sampling_leaves_mode_and_random_states_as_they_were():
     import numpy
     import torch
 
-    from fiqa_helpers.panel_guard import undisturbed
+    from fiqa_helpers.machinery.live import undisturbed
 
     def drawn():
         return random.random(), numpy.random.random(), torch.rand(1).item()
@@ -205,7 +207,7 @@ def test_the_untuned_answers_are_those_of_the_base_model(tmp_path):
         asked.append(model.training)
         return sampler(model, temperature=0)(questions)
 
-    from fiqa_helpers.live import LivePanel
+    from fiqa_helpers.machinery.live import LivePanel
 
     panel = LivePanel(QUESTIONS, answer, 0, live=False)
     with panel:
@@ -224,7 +226,7 @@ def test_history_and_samples_survive_a_resume(tmp_path):
         asked.append(len(asked))
         return sampler(fresh)(questions)
 
-    from fiqa_helpers.live import LivePanel
+    from fiqa_helpers.machinery.live import LivePanel
 
     panel = LivePanel(QUESTIONS, answer, 4, live=False)
     trainer = make_trainer(tmp_path, [panel], 12, model=fresh)
@@ -308,7 +310,7 @@ def test_stop_interrupts_samples_and_evaluations(tmp_path):
         tokens.append(1)
         return sampler(model)(questions)
 
-    from fiqa_helpers.live import LivePanel
+    from fiqa_helpers.machinery.live import LivePanel
 
     panel = LivePanel(QUESTIONS, answer, 4, live=False)
     trainer = make_trainer(tmp_path, [panel], 40, model=model)
@@ -331,7 +333,7 @@ def test_an_impatient_second_interrupt_changes_nothing(tmp_path, monkeypatch):
     """While the last picture is drawn, a second interrupt would leave a traceback and a half-closed panel."""
     import signal
 
-    from fiqa_helpers import live
+    from fiqa_helpers.machinery import live
 
     real = live.draw_png
     monkeypatch.setattr(live, "draw_png", lambda *args: signal.raise_signal(signal.SIGINT) or real(*args))
@@ -393,7 +395,7 @@ def test_the_training_cell_alone_is_not_run_twice(tmp_path):
 def test_a_finished_run_is_shown_without_training(tmp_path):
     """Run All after a finished run must show that run, and say that nothing was trained."""
     first, _, _ = run_with_panel(tmp_path, 8)
-    from fiqa_helpers.live import LivePanel
+    from fiqa_helpers.machinery.live import LivePanel
 
     panel = LivePanel(QUESTIONS, None, 4, "Small", live=False)
     with panel:
@@ -515,7 +517,7 @@ def test_the_picture_stays_small():
 
 def test_drawing_is_cheap_and_throttled(tmp_path, monkeypatch):
     """Drawing at each of a thousand fast steps would cost more than the steps."""
-    from fiqa_helpers import live
+    from fiqa_helpers.machinery import live
 
     drawn = []
 

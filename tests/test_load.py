@@ -33,23 +33,23 @@ def stage(name, work):
 measured = {}
 """
 TOKENIZE = """
-from fiqa_helpers import batching, data, model, profiles, prompts
+from fiqa_helpers import rows, data, model, profiles
 profile = profiles.load_profile("tiny", "{max_length: 2048, tokens_per_batch: 8192, batch_size: 16}")
 tokenizer = model.load_tokenizer(profile)
 import datasets, torch
 data.load_with_report("packaged")
-prompts.encode("question", "answer", tokenizer)
+rows.encode("question", "answer", tokenizer)
 base = now()
 splits = stage("load", lambda: data.load_fiqa(sys.argv[1]))
-encoded = stage("tokenize", lambda: prompts.encode_rows(splits["train"], tokenizer, profile))
-collate = batching.StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, "packed")
+encoded = stage("tokenize", lambda: rows.encode_rows(splits["train"], tokenizer, profile))
+collate = rows.StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, "packed")
 loader = torch.utils.data.DataLoader(encoded, batch_size=16, collate_fn=collate)
 stage("batches", lambda: sum(len(step["micro_batches"]) for step in loader))
 print(json.dumps({"rows": len(encoded), "stages": measured}))
 """
 COMPARE = """
-from fiqa_helpers.evaluation import read_log
-from fiqa_helpers.intervals import compare
+from fiqa_helpers.evaluate import read_log
+from fiqa_helpers.metrics import compare
 compare("similarity", [0.1, 0.2, 0.3], [0.2, 0.2, 0.5])
 base, n = now(), int(sys.argv[2])
 draw = random.Random(0)
@@ -66,11 +66,11 @@ print(json.dumps({"rows": n, "stages": measured}))
 
 EVALUATE = """
 import numpy
-from fiqa_helpers.evaluation import evaluate
-from fiqa_helpers.generation import Answer
-from fiqa_helpers.paths import Workspace
-from fiqa_helpers.similarity import Similarity
-from fiqa_helpers.solvers import Decoding, ModelSolver
+from fiqa_helpers.evaluate import evaluate
+from fiqa_helpers.generate import Answer
+from fiqa_helpers.base import Workspace
+from fiqa_helpers.metrics import Similarity
+from fiqa_helpers.evaluate import Decoding, ModelSolver
 import nemo_evaluator, rouge_score.rouge_scorer
 
 

@@ -7,12 +7,13 @@ import sys
 
 import pytest
 
-from fiqa_helpers import checks, machine, profiles
-from fiqa_helpers.paths import Workspace
+from fiqa_helpers import profiles
+from fiqa_helpers.base import Workspace
+from fiqa_helpers.machinery import checks, machine
 
 PROBE = """
 import dataclasses, json, sys
-from fiqa_helpers import machine
+from fiqa_helpers.machinery import machine
 card = machine.gpu()
 print(json.dumps([card and dataclasses.asdict(card), "torch" in sys.modules]))
 """
@@ -129,7 +130,8 @@ def test_real_gpu_is_described():
 
 def test_peak_memory_grows_with_what_is_allocated():
     """The peak of a child process must be its own, not what its parent held before starting it."""
-    code = "from fiqa_helpers.machine import peak_memory_gib as p; a = p(); x = b'1' * 2**29; print(a, p())"
+    code = "from fiqa_helpers.machinery.machine import peak_memory_gib as p\n"
+    code += "a = p(); x = b'1' * 2**29; print(a, p())"
     before, after = map(float, subprocess.check_output([sys.executable, "-c", code], text=True).split())
     assert before < 0.3
     assert 0.45 < after - before < 0.6

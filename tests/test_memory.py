@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from fiqa_helpers import memory
+from fiqa_helpers.machinery import machine
 from fiqa_helpers.profiles import PROFILES
 
-CONFIG = memory.nemotron_config()
+CONFIG = machine.nemotron_config()
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -18,30 +18,30 @@ def test_parameters_agree_with_the_meta_device(targets):
 
     profile = replace(PROFILES["gpu80"], lora_targets=targets)
     trainable, base = model.count_parameters(model.reference_config(), model.lora_config(profile))
-    assert memory.base_parameters(CONFIG) == base == 8_030_261_248
-    assert memory.lora_parameters(CONFIG, profile.lora_rank, targets) == trainable
+    assert machine.base_parameters(CONFIG) == base == 8_030_261_248
+    assert machine.lora_parameters(CONFIG, profile.lora_rank, targets) == trainable
 
 
 def test_tied_embeddings_count_once(smollm2):
     """SmolLM2's output layer is its embedding."""
     assert (
-        memory.base_parameters(memory.config_of(replace(PROFILES["gpu80"], model=str(smollm2))))
+        machine.base_parameters(machine.config_of(replace(PROFILES["gpu80"], model=str(smollm2))))
         == 134_515_008
     )
 
 
 def test_same_chunk_as_the_training_path():
     """The ledger is light and copies this number: a change in one place only would be a wrong prediction."""
-    from fiqa_helpers import gpu_path
+    from fiqa_helpers.machinery import fast
 
-    assert memory.LOGITS_CHUNK == gpu_path.LOGITS_CHUNK
+    assert machine.LOGITS_CHUNK == fast.LOGITS_CHUNK
 
 
 def test_what_memory_grows_with():
     """More tokens and no checkpointing cost activations only; the sum is the sum."""
-    whole = memory.predict(PROFILES["gpu80"], CONFIG)
-    half = memory.predict(PROFILES["gpu80"], CONFIG, 4096)
-    checkpointed = memory.predict(PROFILES["gpu24"], CONFIG)
+    whole = machine.predict_memory(PROFILES["gpu80"], CONFIG)
+    half = machine.predict_memory(PROFILES["gpu80"], CONFIG, 4096)
+    checkpointed = machine.predict_memory(PROFILES["gpu24"], CONFIG)
     assert whole.activations == pytest.approx(2 * half.activations)
     assert whole.weights == half.weights == checkpointed.weights == 2 * 8_030_261_248
     assert checkpointed.activations < whole.activations / 8
@@ -62,7 +62,7 @@ def test_advice_names_what_to_change(free, said):
     """'Out of memory' alone sends people to a forum."""
     import re
 
-    advice = memory.advice(PROFILES["gpu80"], CONFIG, free * memory.GIB)
+    advice = machine.memory_advice(PROFILES["gpu80"], CONFIG, free * machine.GIB)
     assert (advice == "") if said is None else re.search(said, advice), advice
 
 
@@ -71,7 +71,7 @@ def test_advice_that_is_followed_fits(free):
     """Advice that does not fit either."""
     import re
 
-    advice = memory.advice(PROFILES["gpu80"], CONFIG, free * memory.GIB)
+    advice = machine.memory_advice(PROFILES["gpu80"], CONFIG, free * machine.GIB)
     changes = {}
     if "gradient_checkpointing: true" in advice:
         changes["gradient_checkpointing"] = True
@@ -79,7 +79,7 @@ def test_advice_that_is_followed_fits(free):
         changes["tokens_per_batch"] = int(budget[1])
     if changes:
         followed = replace(PROFILES["gpu80"], **changes)
-        assert memory.predict(followed, CONFIG).total <= free * memory.GIB
+        assert machine.predict_memory(followed, CONFIG).total <= free * machine.GIB
         assert followed.tokens_per_batch >= followed.max_length
     else:
         assert free < 18 or advice == ""

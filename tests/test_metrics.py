@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fiqa_helpers import metrics
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.intervals import compare
+from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.metrics import compare
 
 
 @pytest.fixture(scope="module")
 def similarity():
-    from fiqa_helpers.similarity import Similarity
+    from fiqa_helpers.metrics import Similarity
 
     return Similarity()
 

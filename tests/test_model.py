@@ -9,7 +9,7 @@ import torch
 from llama3_like import llama3_like
 
 from fiqa_helpers import model
-from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.base import WorkshopError
 from fiqa_helpers.profiles import PROFILES, REFERENCE, load_profile
 
 pytestmark = pytest.mark.usefixtures("one_thread")

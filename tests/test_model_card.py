@@ -5,11 +5,11 @@ from dataclasses import asdict, replace
 import pytest
 import yaml
 
-from fiqa_helpers import model_card
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.intervals import compare
+from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.evaluate import Decoding
+from fiqa_helpers.machinery import ship
+from fiqa_helpers.metrics import compare
 from fiqa_helpers.profiles import PROFILES, load_profile
-from fiqa_helpers.solvers import Decoding
 
 
 def run_card(**changes) -> dict:
@@ -39,7 +39,7 @@ def evaluation():
 
 def written(tmp_path, *arguments, **keywords) -> tuple[dict, str]:
     """Front matter and text of a card."""
-    text = model_card.write_model_card(tmp_path, *arguments, **keywords).read_text()
+    text = ship.write_model_card(tmp_path, *arguments, **keywords).read_text()
     _, front, body = text.split("---\n", 2)
     return yaml.safe_load(front), body
 
@@ -66,14 +66,14 @@ def test_hub_library_takes_it(tmp_path):
     """huggingface_hub parses the card as the hub does."""
     from huggingface_hub import ModelCard
 
-    card = ModelCard.load(model_card.write_model_card(tmp_path, run_card()))
+    card = ModelCard.load(ship.write_model_card(tmp_path, run_card()))
     assert card.data.license == "apache-2.0"
     assert card.data.pipeline_tag == "text-generation"
 
 
 def test_settings_and_prompt(tmp_path):
     """Whoever loads the adapter needs the exact prompt; whoever repeats the run needs the settings."""
-    from fiqa_helpers.prompts import SYSTEM_TEXT
+    from fiqa_helpers.rows import SYSTEM_TEXT
 
     _, body = written(tmp_path, run_card())
     for fact in (
@@ -119,7 +119,7 @@ def test_without_an_evaluation(tmp_path):
     """Then the card must say so."""
     _, body = written(tmp_path, run_card(), None)
     assert "has not been evaluated" in body
-    assert model_card.read_evaluation(tmp_path) is None
+    assert ship.read_evaluation(tmp_path) is None
 
 
 def test_a_stopped_run_is_no_finished_one(tmp_path):
@@ -141,14 +141,14 @@ def test_damaged_cards_are_said(tmp_path, missing):
     card = run_card()
     del card[missing]
     with pytest.raises(WorkshopError, match="run notebooks 04 and 06 again"):
-        model_card.write_model_card(tmp_path, card)
+        ship.write_model_card(tmp_path, card)
     assert not (tmp_path / "README.md").exists()
     with pytest.raises(WorkshopError, match="There is no folder"):
-        model_card.write_model_card(tmp_path / "none", run_card())
+        ship.write_model_card(tmp_path / "none", run_card())
 
 
 def test_an_evaluation_without_floors_is_refused(tmp_path, evaluation):
     """Floors left out would leave metrics bare."""
     del evaluation["floors"]
     with pytest.raises(WorkshopError, match="lacks what a model card needs"):
-        model_card.write_model_card(tmp_path, run_card(), evaluation)
+        ship.write_model_card(tmp_path, run_card(), evaluation)

@@ -11,11 +11,11 @@ import warnings
 import nbformat
 import pytest
 
-from fiqa_helpers import machine, notebook, runcard
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.notebook import Run, check_parameters
-from fiqa_helpers.paths import Workspace, project_root
+from fiqa_helpers import base
+from fiqa_helpers.base import WorkshopError, Workspace, is_interactive, project_root
+from fiqa_helpers.machinery import machine
 from fiqa_helpers.profiles import load_profile
+from fiqa_helpers.run import Run, check_parameters, quiet
 
 PARAMETERS = """profile: str = "laptop"  # the profile
 overrides: str = ""  # YAML
@@ -94,7 +94,7 @@ def write_notebook(path, *cells: str) -> None:
     nbformat.write(book, path)
 
 
-START = 'from fiqa_helpers.notebook import start\nrun = start(globals(), "01")'
+START = 'from fiqa_helpers.run import start\nrun = start(globals(), "01")'
 
 
 def papermill(folder, *arguments: str) -> subprocess.CompletedProcess:
@@ -156,7 +156,7 @@ def shell():
     """IPython in this process, with the handler installed."""
     from IPython.core.interactiveshell import InteractiveShell
 
-    from fiqa_helpers.errors import install_notebook_handler
+    from fiqa_helpers.base import install_notebook_handler
 
     InteractiveShell.clear_instance()
     shell = InteractiveShell.instance()
@@ -167,7 +167,7 @@ def shell():
 
 def test_only_a_workshop_error_is_short(shell, capsys):
     """A handler that hides the traceback of a real bug, in which the frames are what helps."""
-    shell.run_cell("from fiqa_helpers.errors import WorkshopError")
+    shell.run_cell("from fiqa_helpers.base import WorkshopError")
     result = shell.run_cell("def f():\n    raise WorkshopError('x is 1: set it to 2.')\nf()")
     out = capsys.readouterr().out
     assert out.strip() == "WorkshopError: x is 1: set it to 2." and not result.success
@@ -180,7 +180,7 @@ def test_only_a_workshop_error_is_short(shell, capsys):
 
 def test_the_handler_does_nothing_outside_ipython():
     """The command line, which has no IPython: an AttributeError on None."""
-    code = "from fiqa_helpers.errors import *; install_notebook_handler()"
+    code = "from fiqa_helpers.base import *; install_notebook_handler()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
@@ -253,7 +253,7 @@ def test_a_finished_notebook_leaves_its_card(run, capsys, tmp_path):
     assert card["notebook"] == "03_set_up_lora" and card["parameters"] == {"profile": "laptop"}
     assert card["profile"]["model"] == "packaged" and card["profile"]["lora_targets"][0] == "q_proj"
     assert card["files"] == ["outputs/plots/loss.png", "/elsewhere/x"] and card["facts"] == {"loss": 3.19}
-    assert card["versions"]["torch"].startswith("2.") and set(card["versions"]) == set(runcard.PACKAGES)
+    assert card["versions"]["torch"].startswith("2.") and set(card["versions"]) == set(base.PACKAGES)
     assert card["device"]["cores"] >= 1 and card["seconds"] >= 0 and card["peak_memory_gib"] > 0
     assert card["git_revision"] and card["written"] and card["started"]
     printed = capsys.readouterr().out
@@ -298,23 +298,23 @@ def test_needs_names_what_does_not_fit(run, setting, tmp_path):
 def test_a_card_is_whole_or_old_at_any_moment(tmp_path):
     """A reader that finds half a file while another notebook writes it."""
     path = tmp_path / "card.json"
-    runcard.write_json(path, {"n": -1})
+    base.write_json(path, {"n": -1})
     done = threading.Event()
 
     def write() -> None:
         for n in range(200):
-            runcard.write_json(path, {"n": n, "padding": "x" * 50_000})
+            base.write_json(path, {"n": n, "padding": "x" * 50_000})
         done.set()
 
     writer = threading.Thread(target=write)
     writer.start()
     seen = 0
     while not done.is_set():
-        card = runcard.read_card(path)
+        card = base.read_card(path)
         assert card is not None and "n" in card
         seen += 1
     writer.join()
-    assert seen > 10 and runcard.read_card(path)["n"] == 199
+    assert seen > 10 and base.read_card(path)["n"] == 199
     assert [p.name for p in tmp_path.iterdir()] == ["card.json"]
 
 
@@ -383,7 +383,7 @@ def test_quiet_hides_chatter_and_shows_errors(monkeypatch):
     library = logging.getLogger("nemo_automodel.somewhere")
     library.addHandler(handler)
     try:
-        notebook.quiet()
+        quiet()
         library.warning("chatter")
         library.error("a reason")
         logging.getLogger().addHandler(handler)
@@ -407,16 +407,16 @@ def test_quiet_leaves_what_the_person_has_set(monkeypatch):
     monkeypatch.setattr(warnings, "filters", list(warnings.filters))
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "debug")
     monkeypatch.setenv("TQDM_DISABLE", "0")
-    notebook.quiet()
+    quiet()
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "debug" and os.environ["TQDM_DISABLE"] == "0"
 
 
 def test_interactive_is_a_person_with_a_jupyter_server(monkeypatch):
     """Widgets built headless leave their state in the file."""
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    assert not notebook.is_interactive()
+    assert not is_interactive()
     monkeypatch.setenv("JPY_SESSION_NAME", "/x.ipynb")
-    assert notebook.is_interactive()
+    assert is_interactive()
 
 
 def test_peak_memory_is_that_of_this_process():
@@ -427,7 +427,7 @@ def test_peak_memory_is_that_of_this_process():
 def test_importing_the_package_is_cheap():
     """torch at import time: seconds before the first cell of every notebook can say anything."""
     code = (
-        "import sys, fiqa_helpers, fiqa_helpers.notebook, fiqa_helpers.paths, fiqa_helpers.profiles;"
+        "import sys, fiqa_helpers, fiqa_helpers.run, fiqa_helpers.base, fiqa_helpers.profiles;"
         "heavy = {'torch', 'transformers', 'datasets', 'peft', 'nemo_automodel', 'pandas', 'matplotlib'};"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -119,7 +119,7 @@ def test_parameters(path):
 def test_starts_and_finishes_a_run(path):
     """The run card is what the next notebook checks, and what the closing table shows."""
     code = [cell.source for cell in cells(path, "code")]
-    assert f'run = notebook.start(globals(), "{path.name[:2]}")' in code[1]
+    assert f'run = start(globals(), "{path.name[:2]}")' in code[1]
     assert sum("run.finish(" in source for source in code) == 1
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fiqa_helpers import data
-from fiqa_helpers.row_files import clean_rows, read_rows
+from fiqa_helpers.data import clean_rows, read_rows
 
 PROJECT = Path(__file__).resolve().parent.parent
 PAGE = PROJECT / "docs" / "your_own_data.md"

@@ -5,9 +5,8 @@ import threading
 
 import pytest
 
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.generation import generate_answers
-from fiqa_helpers.playground import Playground, playground
+from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.generate import Playground, generate_answers, playground
 from fiqa_helpers.profiles import load_profile
 
 QUESTION = "Is a <b>bond</b> safer?"
@@ -62,7 +61,7 @@ def test_both_answers_are_those_of_the_model_with_and_without_adapter(ground, tu
 
 def test_the_answer_arrives_piece_by_piece(ground, monkeypatch):
     """With a slow model, a person would look at an empty box for a minute."""
-    monkeypatch.setattr("fiqa_helpers.playground.EVERY", 0.0)
+    monkeypatch.setattr("fiqa_helpers.generate.EVERY", 0.0)
     ground.length.value = 32
     seen = []
     ground.answers[1].observe(lambda change: seen.append(len(shown(ground)[1])), "value")
@@ -91,7 +90,7 @@ def test_generated_text_is_escaped(ground):
 
 def test_stop_ends_both_answers(ground, monkeypatch):
     """Stop could end the first answer and leave the person to wait for the second."""
-    monkeypatch.setattr("fiqa_helpers.playground.EVERY", 0.0)
+    monkeypatch.setattr("fiqa_helpers.generate.EVERY", 0.0)
     ground.length.value = ground.length.max
     ground.answers[0].observe(lambda change: ground.stop.click(), "value")
     press_and_wait(ground)

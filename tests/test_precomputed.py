@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from fiqa_helpers import precomputed, profiles
-from fiqa_helpers.adapters import check_adapter
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.paths import Workspace
+from fiqa_helpers import model, profiles
+from fiqa_helpers.base import WorkshopError, Workspace
+from fiqa_helpers.model import check_adapter
 
 PROJECT = Path(__file__).resolve().parent.parent
-KEPT = precomputed.load()
+KEPT = model.load_kept()
 FILES = sorted(path for path in KEPT.folder.rglob("*") if path.is_file())
 
 
@@ -86,10 +85,10 @@ def test_the_adapter_loads_and_changes_the_model(smollm2):
 def test_it_stands_in_only_where_notebook_04_was_not_run(tmp_path, capsys):
     """Somebody's own adapter must never be passed over, not even a broken one."""
     workspace, laptop = Workspace(str(tmp_path)), profiles.load_profile("laptop")
-    assert precomputed.adapter_folder(workspace, laptop) == KEPT.folder / "adapter"
+    assert model.adapter_folder(workspace, laptop) == KEPT.folder / "adapter"
     assert "Notebook 04 was not run" in (said := capsys.readouterr().out) and KEPT.label in said
     workspace.final_model.mkdir()
-    assert precomputed.adapter_folder(workspace, laptop) == workspace.final_model
+    assert model.adapter_folder(workspace, laptop) == workspace.final_model
     assert capsys.readouterr().out == ""
 
 
@@ -97,7 +96,7 @@ def test_it_stands_in_only_where_notebook_04_was_not_run(tmp_path, capsys):
 def test_it_never_stands_in_for_another_model_data_or_prompt(tmp_path, change):
     """There the next check says which notebook to run."""
     profile = dataclasses.replace(profiles.PROFILES["laptop"], **change)
-    folder = precomputed.adapter_folder(Workspace(str(tmp_path)), profile)
+    folder = model.adapter_folder(Workspace(str(tmp_path)), profile)
     with pytest.raises(WorkshopError, match="There is no adapter in .*run notebook 04_train first"):
         check_adapter(folder, profile)
 
@@ -107,11 +106,11 @@ def test_the_figure_is_described_in_words():
     import pandas as pd
 
     own = pd.DataFrame({"eval_loss": [3.5, None, 3.25]}, index=[0, 1, 2])
-    figure, alt = precomputed.draw_losses(KEPT, own)
+    figure, alt = model.draw_losses(KEPT, own)
     assert f"{KEPT.history()['eval_loss'].min():.3f}" in alt and "Yours: 3.500, then 3.250." in alt
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == ["precomputed: training", "precomputed: validation", "your run: validation"]
-    assert "Yours" not in precomputed.draw_losses(KEPT)[1]
+    assert "Yours" not in model.draw_losses(KEPT)[1]
 
 
 def test_a_run_with_random_weights_is_not_taken_over(tmp_path):
@@ -131,12 +130,12 @@ def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(
         WorkshopError, match="run_card.json is missing or damaged: take it from the repository"
     ):
-        _ = precomputed.KeptRun(tmp_path).label
+        _ = model.KeptRun(tmp_path).label
 
 
 def test_the_case_study_is_labelled_and_tells_its_story():
     """Its loss fell further than the kept run's, and its answers loop: notebook 06 says so in words."""
-    case = precomputed.case_study()
+    case = model.case_study()
     for word in ("whole answers", f"learning rate {case.training['profile']['learning_rate']:g}", "16 rows"):
         assert word in case.label
     found, good = case.evaluation["comparisons"], KEPT.evaluation["comparisons"]

@@ -9,13 +9,14 @@ import sys
 
 import pytest
 
-from fiqa_helpers import preflight, profiles
-from fiqa_helpers.checks import Check
-from fiqa_helpers.paths import Workspace
+from fiqa_helpers import profiles
+from fiqa_helpers.base import Workspace
+from fiqa_helpers.machinery import checks
+from fiqa_helpers.machinery.checks import Check
 
 
 def lines(workspace, profile) -> dict[str, Check]:
-    return {check.name: check for check in preflight.preflight(Workspace(str(workspace)), profile)}
+    return {check.name: check for check in checks.preflight(Workspace(str(workspace)), profile)}
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def firefox(tmp_path, monkeypatch):
 
 def test_a_prepared_machine_is_ready(tmp_path, smollm2, fiqa_rows, firefox):
     """With everything in the cache, every line is OK: a FAIL that means nothing is soon ignored."""
-    from fiqa_helpers import assets
+    from fiqa_helpers.machinery import assets
 
     assets.minilm_folder()
     found = lines(tmp_path, profiles.load_profile("laptop"))
@@ -58,7 +59,7 @@ def test_what_is_not_on_the_disk_fails_where_check_would_still_fetch_it(tmp_path
 
 def test_a_damaged_asset_is_noticed(tmp_path, monkeypatch, fiqa_rows):
     """One flipped byte in the cache would be fetched again, in a room where nothing can be fetched."""
-    from fiqa_helpers import assets
+    from fiqa_helpers.machinery import assets
 
     name = assets.ASSETS["fiqa_test"].name_in_cache
     content = bytearray(assets.fiqa_test_file().read_bytes())
@@ -66,7 +67,7 @@ def test_a_damaged_asset_is_noticed(tmp_path, monkeypatch, fiqa_rows):
     (tmp_path / name).mkdir()
     (tmp_path / name / "test.jsonl").write_bytes(content)
     monkeypatch.setenv("FIQA_CACHE", str(tmp_path))
-    assert not preflight._asset("Data", "fiqa_test").ok
+    assert not checks._asset("Data", "fiqa_test").ok
 
 
 def test_a_hub_model_counts_only_with_all_its_files(tmp_path):
@@ -77,34 +78,34 @@ def test_a_hub_model_counts_only_with_all_its_files(tmp_path):
     index = {"weight_map": {"a": shards[0], "b": shards[1]}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / shards[0]).write_bytes(b"")
-    assert not preflight._on_disk(dataclasses.replace(profile, data="packaged"))[0].ok
+    assert not checks._on_disk(dataclasses.replace(profile, data="packaged"))[0].ok
     (tmp_path / shards[1]).write_bytes(b"")
-    assert preflight._on_disk(dataclasses.replace(profile, data="packaged"))[0].ok
+    assert checks._on_disk(dataclasses.replace(profile, data="packaged"))[0].ok
 
 
 def test_own_rows_are_read(project):
     """A CSV that notebook 01 would refuse is refused the evening before."""
     good = dataclasses.replace(profiles.PROFILES["laptop"], data="docs/examples/harbour_lantern.csv")
-    assert preflight._rows(good).detail.endswith("40 rows")
+    assert checks._rows(good).detail.endswith("40 rows")
     bad = dataclasses.replace(good, data="docs/troubleshooting.md")
-    assert not preflight._rows(bad).ok
+    assert not checks._rows(bad).ok
 
 
 def test_a_taken_port_is_named_and_the_next_one_found():
     """Yesterday's server still runs on half the laptops: no failure, but not the address on the slide."""
     with socket.socket() as server:
         try:
-            server.bind(("127.0.0.1", preflight.LAB_PORT))
+            server.bind(("127.0.0.1", checks.LAB_PORT))
             server.listen()
         except OSError:
             pass  # taken by another program: just as well
-        check = preflight._ports()
-    assert check.ok and f"{preflight.LAB_PORT} is taken" in check.detail
+        check = checks._ports()
+    assert check.ok and f"{checks.LAB_PORT} is taken" in check.detail
 
 
 def test_a_machine_that_cannot_talk_to_itself_fails():
     """Without 127.0.0.1 a kernel starts and never answers."""
-    code = "from fiqa_helpers import preflight; check = preflight._ports(); print(check.ok, check.detail)"
+    code = "from fiqa_helpers.machinery import checks; check = checks._ports(); print(check.ok, check.detail)"
     command = ["unshare", "--net", sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True)
     if "unshare" in done.stderr:
@@ -117,6 +118,6 @@ def test_no_browser_is_a_failure_only_where_one_is_needed(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delenv("SSH_CONNECTION", raising=False)
-    assert not preflight._browser().ok and "ssh -L 8888" in preflight._browser().remedy
+    assert not checks._browser().ok and "ssh -L 8888" in checks._browser().remedy
     monkeypatch.setenv("SSH_CONNECTION", "192.0.2.1 50000 192.0.2.2 22")
-    assert preflight._browser().ok
+    assert checks._browser().ok

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fiqa_helpers import machine
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.overrides import CHOICES, RANGES
+from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.machinery import machine
+from fiqa_helpers.machinery.machine import NEMOTRON
 from fiqa_helpers.profiles import (
-    NEMOTRON,
+    CHOICES,
     PROFILES,
+    RANGES,
     REFERENCE,
     TRAININGS,
     Profile,

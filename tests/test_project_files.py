@@ -144,7 +144,7 @@ def test_hooks_find_what_they_are_for(clone):
     cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
     cell.execution_count, cell.outputs = 7, [nbformat.v4.new_output("stream", text="a private figure")]
     nbformat.write(notebook, path)
-    module = clone / "fiqa_helpers" / "paths.py"
+    module = clone / "fiqa_helpers" / "base.py"
     module.write_text("import this_is_unused\n" + module.read_text())
     subprocess.run(["git", "add", "-A"], cwd=clone, check=True)
     run = pre_commit(clone, "run", "ruff", "--files", str(module))

@@ -9,17 +9,10 @@ from hypothesis import strategies as st
 from llama3_like import llama3_like
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.data import clean_rows
 from fiqa_helpers.profiles import load_profile
-from fiqa_helpers.prompts import (
-    IGNORE_INDEX,
-    SYSTEM_TEXT,
-    build_prompt,
-    encode,
-    encode_prompt,
-    encode_rows,
-)
-from fiqa_helpers.row_files import clean_rows
+from fiqa_helpers.rows import IGNORE_INDEX, SYSTEM_TEXT, build_prompt, encode, encode_prompt, encode_rows
 
 QUESTION = "How do I report a stock split on my tax return?"
 SPECIAL = (

@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiqa_helpers import data, launch, model, notebook, prompts, recipe, recipe_data
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.paths import Workspace
+from fiqa_helpers import data, model
+from fiqa_helpers.base import WorkshopError, Workspace
+from fiqa_helpers.machinery import recipe
+from fiqa_helpers.machinery.recipe import check_recipe, read_recipe
 from fiqa_helpers.profiles import PROFILES, REFERENCE, load_profile
-from fiqa_helpers.recipe_check import check_recipe
-from fiqa_helpers.recipe_schema import read_recipe
+from fiqa_helpers.rows import IGNORE_INDEX, encode_rows
+from fiqa_helpers.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def run(tmp_path_factory, fiqa_rows):
     """Notebook 07 of profile tiny, in a workspace whose rows notebook 01 could have written."""
     workspace = Workspace(str(tmp_path_factory.mktemp("recipe")))
     data.write_processed(data.load_with_report("packaged")[0], workspace.data)
-    return notebook.Run("07", {}, load_profile("tiny"), workspace)
+    return Run("07", {}, load_profile("tiny"), workspace)
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +48,12 @@ def tiny_report(tiny_recipe):
 def notebook_rows(run, tiny_tokenizer):
     """The rows that notebook 04 trains on with profile tiny."""
     rows = data.read_processed(run.workspace.data)["train"].select(range(run.profile.train_rows))
-    return prompts.encode_rows(rows, tiny_tokenizer, run.profile)
+    return encode_rows(rows, tiny_tokenizer, run.profile)
 
 
 def test_rows_tokens_and_supervised_positions(run, notebook_rows, tiny_tokenizer):
     """Another prompt, another cut or a shift by two would train something else and look fine."""
-    found = recipe_data.fiqa_rows(
+    found = recipe.fiqa_rows(
         tiny_tokenizer,
         str(run.workspace.data),
         rows=run.profile.train_rows,
@@ -62,17 +63,15 @@ def test_rows_tokens_and_supervised_positions(run, notebook_rows, tiny_tokenizer
     for mine, theirs in zip(found, notebook_rows, strict=True):
         assert mine["input_ids"] == theirs["input_ids"][:-1]
         # both predict the same token from the same position: transformers' models shift the labels themselves
-        recipes = {(i, label) for i, label in enumerate(mine["labels"]) if label != prompts.IGNORE_INDEX}
-        trainers = {
-            (i - 1, label) for i, label in enumerate(theirs["labels"]) if label != prompts.IGNORE_INDEX
-        }
+        recipes = {(i, label) for i, label in enumerate(mine["labels"]) if label != IGNORE_INDEX}
+        trainers = {(i - 1, label) for i, label in enumerate(theirs["labels"]) if label != IGNORE_INDEX}
         assert recipes == trainers
 
 
 def test_unshifted_rows_are_the_notebooks(notebook_rows):
     """The flag must do nothing else."""
     row = notebook_rows[0]
-    plain = recipe_data.recipe_row(row, shift_labels=False)
+    plain = recipe.recipe_row(row, shift_labels=False)
     assert (plain["input_ids"], plain["labels"]) == (row["input_ids"], row["labels"])
 
 
@@ -83,13 +82,11 @@ def test_each_step_has_the_trainers_rows(gpus, run, tiny_tokenizer, tiny_model, 
     from nemo_automodel.recipes._typed_config import RecipeConfig
     from transformers import TrainingArguments
 
-    from fiqa_helpers.batching import StepCollator
-    from fiqa_helpers.training import AnswerTrainer
+    from fiqa_helpers.rows import StepCollator
+    from fiqa_helpers.trainer import AnswerTrainer
 
     profile = replace(run.profile, seed=7, epochs=3, max_steps=-1, train_rows=22)
-    rows = prompts.encode_rows(
-        data.read_processed(run.workspace.data)["train"].take(22), tiny_tokenizer, profile
-    )
+    rows = encode_rows(data.read_processed(run.workspace.data)["train"].take(22), tiny_tokenizer, profile)
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         per_device_train_batch_size=profile.batch_size,
@@ -131,13 +128,13 @@ def test_items_can_be_taken_twice(run, tiny_tokenizer):
     """NeMo's collater takes the fillers out of an item: in a second epoch they would be missing."""
     from nemo_automodel.components.datasets.utils import default_collater
 
-    rows = recipe_data.fiqa_rows(tiny_tokenizer, str(run.workspace.data), rows=8, max_length=512)
+    rows = recipe.fiqa_rows(tiny_tokenizer, str(run.workspace.data), rows=8, max_length=512)
     first, second = (default_collater([rows[i] for i in range(8)]) for _ in range(2))
     assert first["input_ids"].equal(second["input_ids"])
     padding = first["attention_mask"] == 0
     assert padding.any()
     assert (first["input_ids"][padding] == tiny_tokenizer.pad_token_id).all()
-    assert (first["labels"][padding] == prompts.IGNORE_INDEX).all()
+    assert (first["labels"][padding] == IGNORE_INDEX).all()
 
 
 def test_loss_of_a_step(run, notebook_rows, tiny_tokenizer, tiny_model):
@@ -146,14 +143,14 @@ def test_loss_of_a_step(run, notebook_rows, tiny_tokenizer, tiny_model):
     from nemo_automodel.components.datasets.utils import default_collater
     from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 
-    from fiqa_helpers.batching import StepCollator
+    from fiqa_helpers.rows import StepCollator
 
     rows = [notebook_rows[i] for i in range(run.profile.batch_size)]
     step = StepCollator(tiny_tokenizer.pad_token_id, run.profile.tokens_per_batch, "padded")(rows)
-    items = recipe_data.RecipeRows([recipe_data.recipe_row(row) for row in rows], tiny_tokenizer.pad_token_id)
+    items = recipe.RecipeRows([recipe.recipe_row(row) for row in rows], tiny_tokenizer.pad_token_id)
     batch = default_collater([items[i] for i in range(len(items))])
-    tokens = int((batch["labels"] != prompts.IGNORE_INDEX).sum())
-    assert tokens == int((step["labels"] != prompts.IGNORE_INDEX).sum())
+    tokens = int((batch["labels"] != IGNORE_INDEX).sum())
+    assert tokens == int((step["labels"] != IGNORE_INDEX).sum())
     with torch.no_grad():
         trainers = sum(tiny_model(**micro, num_items_in_batch=tokens).loss for micro in step["micro_batches"])
         logits = tiny_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -199,8 +196,8 @@ def test_steps_and_learning_rates_are_the_trainers(
     from datasets import Dataset
     from transformers import TrainingArguments
 
-    from fiqa_helpers.batching import StepCollator
-    from fiqa_helpers.training import AnswerTrainer
+    from fiqa_helpers.rows import StepCollator
+    from fiqa_helpers.trainer import AnswerTrainer
 
     profile, report = (run.profile, tiny_report) if name == "tiny" else (PROFILES["gpu80"], big_report)
     arguments = TrainingArguments(
@@ -347,7 +344,7 @@ MISTAKES = {  # name: (what to replace, with what, what the sentence must say)
     "NeMo's own class": ("force_hf: true", "force_hf: false", "force_hf must be true"),
     "adapter dtype": ("  alpha: 32", "  alpha: 32\n  lora_dtype: bfloat16", "remove lora_dtype"),
     "precision": ("param_dtype: float32", "param_dtype: bfloat16", "not compute in the model's float32"),
-    "function": ("fiqa_helpers.recipe_data.fiqa_rows", "fiqa_helpers.recipe_data.rows", "there is no"),
+    "function": ("fiqa_helpers.machinery.recipe.fiqa_rows", "fiqa_helpers.machinery.recipe.x", "there is no"),
     "recipe class": ("recipe_run.FiqaRecipe", "recipe_run.Recipe", "there is no recipe"),
     "unshifted": ("  split: train", "  split: train\n  shift_labels: false", "leave shift_labels true"),
     "split": ("  split: train", "  split: training", "split is .training.*one of train"),
@@ -456,7 +453,7 @@ def test_a_tokenizer_that_pads_with_its_end_token_is_refused(tiny_recipe, tmp_pa
     path = tmp_path / "r.yaml"
     text = tiny_recipe.read_text()
     changed = text.replace(
-        "    _target_: fiqa_helpers.recipe_data.load_tokenizer\n    name:",
+        "    _target_: fiqa_helpers.machinery.recipe.load_tokenizer\n    name:",
         "    _target_: transformers.AutoTokenizer.from_pretrained\n    pad_token: <|im_end|>\n"
         "    pretrained_model_name_or_path:",
     )
@@ -492,9 +489,9 @@ def test_gpus_must_share_the_batch(run, tiny_recipe):
         recipe.local_batch_size(REFERENCE, 3)
     assert [recipe.local_batch_size(REFERENCE, n) for n in (1, 2, 4, 8, 16)] == [4, 4, 4, 2, 1]
     with pytest.raises(WorkshopError, match=r"line \d+: local_batch_size 4 on 2 GPUs.*use 1 or 2"):
-        launch.launch_line(tiny_recipe, gpus=2)
+        recipe.launch_line(tiny_recipe, gpus=2)
     with pytest.raises(WorkshopError, match="4 rows of a step can't be shared by 6 GPUs"):
-        launch.write_sbatch(tiny_recipe, run.workspace.root / "x.sbatch", gpus=3, nodes=2)
+        recipe.write_sbatch(tiny_recipe, run.workspace.root / "x.sbatch", gpus=3, nodes=2)
     assert not (run.workspace.root / "x.sbatch").exists()
 
 
@@ -504,14 +501,14 @@ def test_launch_lines(run, tmp_path):
     path = recipe.write_recipe(
         replace(run, profile=PROFILES["gpu80"]), folder / "r.yaml", folder / "o", gpus=16
     )
-    one = shlex.split(launch.launch_line(path))
-    assert one == ["torchrun", "--standalone", "--nproc-per-node", "1", "-m", launch.MODULE, str(path)]
-    two = shlex.split(launch.launch_line(path, gpus=8, nodes=2, host="node-1"))
+    one = shlex.split(recipe.launch_line(path))
+    assert one == ["torchrun", "--standalone", "--nproc-per-node", "1", "-m", recipe.MODULE, str(path)]
+    two = shlex.split(recipe.launch_line(path, gpus=8, nodes=2, host="node-1"))
     assert two[:3] == ["torchrun", "--nnodes", "2"]
     assert two[two.index("--rdzv-endpoint") + 1] == "node-1:29500"
     for host in ("", "a b", "x;reboot"):
         with pytest.raises(WorkshopError, match="first of the 2 nodes"):
-            launch.launch_line(path, gpus=8, nodes=2, host=host)
+            recipe.launch_line(path, gpus=8, nodes=2, host=host)
 
 
 def test_torchrun_takes_the_options(run, tmp_path):
@@ -519,11 +516,11 @@ def test_torchrun_takes_the_options(run, tmp_path):
     from torch.distributed.run import get_args_parser
 
     path = recipe.write_recipe(run, tmp_path / "r.yaml", tmp_path / "o", gpus=4)
-    line = shlex.split(launch.launch_line(path, gpus=1, nodes=4, host="node-1"))
+    line = shlex.split(recipe.launch_line(path, gpus=1, nodes=4, host="node-1"))
     found = get_args_parser().parse_args(line[1:])
     assert (found.nnodes, found.nproc_per_node, found.rdzv_endpoint) == ("4", "1", "node-1:29500")
     assert found.module
-    assert found.training_script == launch.MODULE
+    assert found.training_script == recipe.MODULE
 
 
 def test_batch_file(run, tmp_path):
@@ -531,7 +528,7 @@ def test_batch_file(run, tmp_path):
     path = recipe.write_recipe(
         replace(run, profile=PROFILES["gpu80"]), tmp_path / "r.yaml", tmp_path / "o", 16
     )
-    batch = launch.write_sbatch(
+    batch = recipe.write_sbatch(
         path, tmp_path / "r.sbatch", gpus=8, nodes=2, hours=3, partition="a100", setup="true"
     )
     text = batch.read_text()
@@ -563,7 +560,7 @@ def test_batch_file(run, tmp_path):
     assert said[0] == "torchrun"
     assert said[said.index("--rdzv-endpoint") + 1] == "node-7:29500"
     assert said[said.index("--nnodes") + 1] == "2"
-    assert said[said.index("-m") + 1 : -1] == [launch.MODULE, str(path)]
+    assert said[said.index("-m") + 1 : -1] == [recipe.MODULE, str(path)]
 
 
 @pytest.mark.parametrize(
@@ -571,7 +568,7 @@ def test_batch_file(run, tmp_path):
 )
 def test_a_job_that_ran_out_of_time_queues_itself_again(seconds, ends_with, requeued, tiny_recipe, tmp_path):
     """Slurm does not requeue a job at its time limit; one that fails early must not come back for ever."""
-    batch = launch.write_sbatch(tiny_recipe, tmp_path / "r.sbatch", gpus=1, hours=2, setup="true")
+    batch = recipe.write_sbatch(tiny_recipe, tmp_path / "r.sbatch", gpus=1, hours=2, setup="true")
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "srun").write_text(f"#!/bin/bash\nexit {ends_with}\n")
@@ -589,13 +586,13 @@ def test_a_job_that_ran_out_of_time_queues_itself_again(seconds, ends_with, requ
 def test_batch_file_takes_no_commands(value, tiny_recipe, tmp_path):
     """A name from a form must not become a directive or a command."""
     with pytest.raises(WorkshopError, match="partition"):
-        launch.write_sbatch(tiny_recipe, tmp_path / "r.sbatch", gpus=1, partition=value)
+        recipe.write_sbatch(tiny_recipe, tmp_path / "r.sbatch", gpus=1, partition=value)
     assert not (tmp_path / "r.sbatch").exists()
 
 
 def test_fresh_folders_differ(run):
     """Two runs of the same second would share their checkpoints."""
-    folders = [launch.fresh_folder(run.workspace) for _ in range(5)]
+    folders = [recipe.fresh_folder(run.workspace) for _ in range(5)]
     assert len(set(folders)) == 5
     assert not any(list(folder.iterdir()) for folder in folders)
 

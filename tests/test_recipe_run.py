@@ -11,12 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from fiqa_helpers import batching, data, model, notebook, prompts, recipe
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.paths import Workspace
+from fiqa_helpers import data, model
+from fiqa_helpers.base import WorkshopError, Workspace
+from fiqa_helpers.machinery import recipe
+from fiqa_helpers.machinery.recipe import (
+    RecipePanel,
+    check_recipe,
+    newest_adapter,
+    read_metrics,
+    run_recipe,
+    why_it_failed,
+)
 from fiqa_helpers.profiles import load_profile
-from fiqa_helpers.recipe_check import check_recipe
-from fiqa_helpers.recipe_follow import RecipePanel, newest_adapter, read_metrics, run_recipe, why_it_failed
+from fiqa_helpers.rows import StepCollator, encode_rows, pad_rows
+from fiqa_helpers.run import Run
 
 STEPS = 4
 TESTS = Path(__file__).resolve().parent
@@ -28,7 +36,7 @@ def run(tmp_path_factory):
     workspace = Workspace(str(tmp_path_factory.mktemp("recipe_run")))
     data.write_processed(data.load_with_report("packaged")[0], workspace.data)
     profile = load_profile("tiny", f"{{max_steps: {STEPS}, lora_dropout: 0.0, learning_rate: 0.02}}")
-    return notebook.Run("07", {}, profile, workspace)
+    return Run("07", {}, profile, workspace)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +61,7 @@ def make(run, name: str, processes: int) -> Path:
     path = recipe.write_recipe(run, folder / "r.yaml", folder / "out", processes)
     text = path.read_text()
     for before, after in (
-        ("fiqa_helpers.recipe_run.FiqaRecipe", "recipe_child.SameStart"),
+        ("fiqa_helpers.machinery.recipe_run.FiqaRecipe", "recipe_child.SameStart"),
         ("eps: 1.0e-8", "eps: 1.0e-2"),
     ):
         assert before in text
@@ -136,10 +144,10 @@ def test_peft_has_the_recipes_validation_loss(name, run, request):
     _, panel, adapter = request.getfixturevalue(name)
     tokenizer = model.load_tokenizer(run.profile)
     rows = data.read_processed(run.workspace.data)["validation"].select(range(run.profile.eval_rows))
-    rows = prompts.encode_rows(rows, tokenizer, run.profile)
+    rows = encode_rows(rows, tokenizer, run.profile)
     base = AutoModelForCausalLM.from_pretrained(run.workspace.root / name / "random_model")
     tuned = PeftModel.from_pretrained(base, adapter)
-    batch = batching.pad_rows(list(rows), tokenizer.pad_token_id)
+    batch = pad_rows(list(rows), tokenizer.pad_token_id)
     with torch.no_grad():
         found = tuned(**batch).loss.item()
         with tuned.disable_adapter():
@@ -155,7 +163,7 @@ def test_losses_and_adapter_are_the_trainers(run, one, tmp_path):
     from recipe_child import same_start
     from transformers import TrainingArguments
 
-    from fiqa_helpers.training import AnswerTrainer
+    from fiqa_helpers.trainer import AnswerTrainer
 
     profile, tokenizer = run.profile, model.load_tokenizer(run.profile)
     rows = data.read_processed(run.workspace.data)["train"].take(profile.train_rows)
@@ -179,8 +187,8 @@ def test_losses_and_adapter_are_the_trainers(run, one, tmp_path):
     trainer = AnswerTrainer(
         model=tuned,
         args=arguments,
-        train_dataset=prompts.encode_rows(rows, tokenizer, profile),
-        data_collator=batching.StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, "padded"),
+        train_dataset=encode_rows(rows, tokenizer, profile),
+        data_collator=StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, "padded"),
     )
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]

@@ -12,10 +12,9 @@ import time
 import nbformat
 import pytest
 
-from fiqa_helpers import runner
+from fiqa_helpers import __main__ as cli
 from fiqa_helpers.__main__ import main, parser
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.paths import Workspace
+from fiqa_helpers.base import WorkshopError, Workspace
 
 PARAMETERS = 'profile: str = "auto"  # a\noverrides: str = ""  # b\nworkdir: str = ""  # c\n'
 
@@ -34,7 +33,7 @@ def write_notebook(path, *sources: str, parameters: str = PARAMETERS):
 
 def run(path, workspace, label="[1/1] test", **values):
     values = {"profile": "laptop", "overrides": "", "workdir": str(workspace.root)} | values
-    return runner.execute(path, workspace, values, path.parent, label)
+    return cli.execute(path, workspace, values, path.parent, label)
 
 
 def outputs(path) -> str:
@@ -66,18 +65,18 @@ def folder(tmp_path):
 )
 def test_choice_of_notebooks(folder, only, expected):
     """They run in the order of their numbers, whatever order they are named in, and nothing else runs."""
-    assert [path.name[:2] for path in runner.choose(folder, only)] == expected.split()
+    assert [path.name[:2] for path in cli.choose(folder, only)] == expected.split()
 
 
 def test_unknown_notebook_is_an_error(folder):
     """`ONLY=40` must not end with success and nothing done."""
     with pytest.raises(WorkshopError, match="'40'.*00, 01, 04"):
-        runner.choose(folder, "00,40")
+        cli.choose(folder, "00,40")
 
 
 def test_kernel_is_this_interpreter(tmp_path):
     """A kernel python3 in the user's Jupyter folder ran another Python, without torch."""
-    runner.use_own_kernel()
+    cli.use_own_kernel()
     notebook = write_notebook(tmp_path / "09_kernel.ipynb", "import sys; print(sys.executable)")
     done = run(notebook, Workspace(str(tmp_path / "out")))
     assert os.path.realpath(outputs(done.output).strip()) == os.path.realpath(sys.executable)
@@ -90,7 +89,7 @@ def test_users_own_kernel_is_passed_over_or_named(tmp_path, variable, wins):
     kernel.mkdir(parents=True)
     spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "Other", "language": "python"}
     (kernel / "kernel.json").write_text(json.dumps(spec))
-    code = "from fiqa_helpers import runner\nrunner.use_own_kernel()"
+    code = "from fiqa_helpers import __main__ as cli\ncli.use_own_kernel()"
     environment = os.environ | {variable: str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert (result.returncode != 0) is wins, result.stderr
@@ -119,13 +118,13 @@ def test_figure_comes_from_the_run_card_of_this_run(tmp_path):
     source = f'import pathlib; _ = pathlib.Path({str(card)!r}).write_text(\'{{"figure": "loss 3.2"}}\')'
     done = run(write_notebook(tmp_path / "09_writes.ipynb", source), workspace)
     assert done.figure == "loss 3.2"
-    assert "loss 3.2" in runner.summary([done], workspace)
+    assert "loss 3.2" in cli.summary([done], workspace)
 
 
 def test_workshop_error_is_the_sentence_alone(tmp_path):
     """A person reads the remedy, not a traceback; the notebook so far is kept, with the error in it."""
     source = (
-        "from fiqa_helpers.errors import WorkshopError, install_notebook_handler\n"
+        "from fiqa_helpers.base import WorkshopError, install_notebook_handler\n"
         "install_notebook_handler()\nraise WorkshopError('The disk is full: free some space.')"
     )
     notebook = write_notebook(tmp_path / "09_fails.ipynb", "print('before')", source, "print('after')")
@@ -154,7 +153,7 @@ def test_dead_kernel_is_a_sentence(tmp_path):
 
 def test_progress_in_a_log(tmp_path, capfd, monkeypatch):
     """A log gets a line at the start, one now and then, and one at the end: no control characters."""
-    monkeypatch.setattr("fiqa_helpers.progress.LOG_SECONDS", 1)
+    monkeypatch.setattr("fiqa_helpers.run.LOG_SECONDS", 1)
     notebook = write_notebook(tmp_path / "09_slow.ipynb", "import time; time.sleep(3)")
     run(notebook, Workspace(str(tmp_path)), label="[2/5] 09_slow")
     lines = capfd.readouterr().err.splitlines()
@@ -169,7 +168,7 @@ def test_progress_on_a_terminal():
     """On a terminal the same line is rewritten, cut to its width, and closed with a newline."""
     controller, terminal = pty.openpty()
     code = (
-        "import time\nfrom fiqa_helpers.progress import progress\n"
+        "import time\nfrom fiqa_helpers.run import progress\n"
         "with progress('[1/1] name') as report:\n    report(1, 2, 'x' * 300); time.sleep(1.2)\n"
     )
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "60"}
@@ -207,13 +206,13 @@ def test_fresh_reaches_only_notebooks_that_have_it(tmp_path, monkeypatch):
     write_notebook(folder / "01_plain.ipynb", "pass")
     write_notebook(folder / "04_train.ipynb", parameters=PARAMETERS + 'on_existing: str = "resume"  # d\n')
     passed = {}
-    monkeypatch.setattr(runner, "project_root", lambda: tmp_path)
-    monkeypatch.setattr(runner, "use_own_kernel", lambda: None)
-    monkeypatch.setattr(runner, "execute", lambda nb, ws, values, *rest: passed.update({nb.stem: values}))
-    runner.run_all(profile="laptop", workdir=str(tmp_path), fresh=True)
+    monkeypatch.setattr(cli, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(cli, "use_own_kernel", lambda: None)
+    monkeypatch.setattr(cli, "execute", lambda nb, ws, values, *rest: passed.update({nb.stem: values}))
+    cli.run_all(profile="laptop", workdir=str(tmp_path), fresh=True)
     assert "on_existing" not in passed["01_plain"]
     assert passed["04_train"]["on_existing"] == "fresh"
-    runner.run_all(profile="laptop", workdir=str(tmp_path))
+    cli.run_all(profile="laptop", workdir=str(tmp_path))
     assert "on_existing" not in passed["04_train"]
 
 
@@ -223,11 +222,11 @@ def test_relative_workdir_means_the_callers_folder(tmp_path, monkeypatch):
     write_notebook(tmp_path / "notebooks" / "01_plain.ipynb", "pass")
     passed = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner, "project_root", lambda: tmp_path)
-    monkeypatch.setattr(runner, "use_own_kernel", lambda: None)
-    monkeypatch.setattr(runner, "execute", lambda nb, ws, values, *rest: passed.append(values))
-    runner.run_all(profile="laptop", workdir="try")
-    runner.run_all(profile="laptop")
+    monkeypatch.setattr(cli, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(cli, "use_own_kernel", lambda: None)
+    monkeypatch.setattr(cli, "execute", lambda nb, ws, values, *rest: passed.append(values))
+    cli.run_all(profile="laptop", workdir="try")
+    cli.run_all(profile="laptop")
     assert [values["workdir"] for values in passed] == [str(tmp_path / "try"), ""]
 
 
@@ -239,9 +238,9 @@ def test_interrupt_is_a_sentence_and_leaves_no_kernel(tmp_path):
     source += f"_ = pathlib.Path({str(begun)!r}).write_text(str(os.getpid()))\ntime.sleep(600)"
     write_notebook(tmp_path / "notebooks" / "09_long.ipynb", source)
     code = (
-        "import pathlib, sys\nfrom fiqa_helpers import __main__, runner\n"
-        f"runner.project_root = lambda: pathlib.Path({str(tmp_path)!r})\n"
-        f"sys.exit(__main__.main(['run', '--profile', 'laptop', '--workdir', {str(tmp_path)!r}]))"
+        "import pathlib, sys\nfrom fiqa_helpers import __main__ as cli\n"
+        f"cli.project_root = lambda: pathlib.Path({str(tmp_path)!r})\n"
+        f"sys.exit(cli.main(['run', '--profile', 'laptop', '--workdir', {str(tmp_path)!r}]))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -27,7 +27,8 @@ SECRETS = {
 
 def python_sources(project: Path) -> dict[str, str]:
     """Name -> code of every module and every code cell of the project."""
-    found = {str(path.relative_to(project)): path.read_text() for path in project.glob("fiqa_helpers/*.py")}
+    paths = project.glob("fiqa_helpers/**/*.py")
+    found = {str(path.relative_to(project)): path.read_text() for path in paths}
     for path in project.glob("notebooks/**/*.ipynb"):
         cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
         for number, cell in enumerate(cells):
@@ -87,7 +88,7 @@ def test_nothing_is_unpickled(project):
 
 def test_everything_that_listens_does_so_on_this_machine(project):
     """A server on 0.0.0.0 in a classroom is everybody's; a Jupyter server without a token is a shell."""
-    paths = [*project.glob("fiqa_helpers/*.py"), *project.glob("notebooks/**/*.ipynb")]
+    paths = [*project.glob("fiqa_helpers/**/*.py"), *project.glob("notebooks/**/*.ipynb")]
     paths += [project / "Makefile", *project.glob("scripts/*"), *project.glob(".ci/*")]
     for path in paths:
         if path.is_file():

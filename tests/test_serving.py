@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import pytest
 
-from fiqa_helpers import merge, model, serving
-from fiqa_helpers.errors import WorkshopError
-from fiqa_helpers.generation import generate_answers
+from fiqa_helpers import model
+from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.generate import generate_answers
+from fiqa_helpers.machinery import ship
 from fiqa_helpers.profiles import load_profile
 
 QUESTIONS = ["What is a bond?", 'Is "5 % a month" <b>safe</b>? Größe: 5 €']
@@ -43,7 +44,7 @@ def tiny(tmp_path_factory, tiny_tokenizer):
 def merged(tiny, tmp_path_factory):
     """The report of the merged folder."""
     profile, adapter = tiny
-    return merge.merge_adapter(profile, adapter, tmp_path_factory.mktemp("merged") / "model")
+    return ship.merge_adapter(profile, adapter, tmp_path_factory.mktemp("merged") / "model")
 
 
 def test_merged_is_base_and_adapter(tiny, merged):
@@ -59,9 +60,9 @@ def test_merged_is_base_and_adapter(tiny, merged):
     whole = AutoModelForCausalLM.from_pretrained(merged.folder)
     assert not any("lora" in name for name, _ in whole.named_parameters())
     base = AutoModelForCausalLM.from_pretrained(profile.model)
-    untuned = merge.probe_logits(base, tokenizer, "plain")
-    tuned = merge.probe_logits(PeftModel.from_pretrained(base, adapter), tokenizer, "plain")
-    found = merge.probe_logits(whole, tokenizer, "plain")
+    untuned = ship.probe_logits(base, tokenizer, "plain")
+    tuned = ship.probe_logits(PeftModel.from_pretrained(base, adapter), tokenizer, "plain")
+    found = ship.probe_logits(whole, tokenizer, "plain")
     assert (found - tuned).abs().max() < 1e-4
     assert (found - untuned).abs().max() > 0.05, "an adapter that changes nothing would show nothing"
 
@@ -73,7 +74,7 @@ def test_a_wrong_merge_is_not_kept(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
     profile, adapter = tiny
     with pytest.raises(WorkshopError, match="not base and adapter.*not kept"):
-        merge.merge_adapter(profile, adapter, tmp_path / "model")
+        ship.merge_adapter(profile, adapter, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -81,7 +82,7 @@ def test_an_adapter_of_another_base_is_refused(tiny, smollm2, tmp_path):
     """Before any weights are loaded, naming the file and what it was trained on."""
     profile, adapter = tiny
     with pytest.raises(WorkshopError, match="adapter_model.safetensors does not fit .*it was trained on"):
-        merge.merge_adapter(replace(profile, model=str(smollm2)), adapter, tmp_path / "model")
+        ship.merge_adapter(replace(profile, model=str(smollm2)), adapter, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
@@ -95,14 +96,14 @@ def test_damaged_adapters_are_named(tiny, tmp_path):
     (tmp_path / "half" / "adapter_config.json").unlink()
     for name in ("cut", "half", "none"):
         with pytest.raises(WorkshopError, match=f"{name} is not a whole adapter"):
-            merge.refuse_other_base(tmp_path / name, profile.model)
+            ship.refuse_other_base(tmp_path / name, profile.model)
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tiny, tmp_path):
     """Somebody's other model."""
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(WorkshopError, match="is not empty"):
-        merge.merge_adapter(*tiny, tmp_path)
+        ship.merge_adapter(*tiny, tmp_path)
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
@@ -111,7 +112,7 @@ def test_served_answers_are_the_models(tiny, merged, tiny_tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM
 
     profile, _ = tiny
-    with serving.serving(tmp_path / "serve.log") as server:
+    with ship.serving(tmp_path / "serve.log") as server:
         port = int(server.url.rpartition(":")[2].partition("/")[0])
         with urllib.request.urlopen(server.url.replace("/v1", "/health")) as reply:
             assert json.load(reply)["status"] == "ok"
@@ -143,7 +144,7 @@ def test_the_small_model_is_served(smollm2, tmp_path):
     expected = generate_answers(
         model.load_base(profile), tokenizer, QUESTIONS[:1], "plain", 12, no_repeat_ngram_size=0
     )[0]
-    with serving.serving(tmp_path / "serve.log") as server:
+    with ship.serving(tmp_path / "serve.log") as server:
         found = server.ask(smollm2, QUESTIONS[:1], tokenizer, "plain", 12)[0]
     assert found.text == expected.text
     assert found.text
@@ -154,10 +155,10 @@ def test_a_server_that_ends_is_said(tmp_path, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        monkeypatch.setattr(serving, "_free_port", lambda: taken.getsockname()[1])
+        monkeypatch.setattr(ship, "_free_port", lambda: taken.getsockname()[1])
         with (
             pytest.raises(WorkshopError, match=r"The server ended with code \d+: look at .*serve.log"),
-            serving.serving(tmp_path / "serve.log"),
+            ship.serving(tmp_path / "serve.log"),
         ):
             pass
     assert "address already in use" in (tmp_path / "serve.log").read_text()
@@ -165,7 +166,7 @@ def test_a_server_that_ends_is_said(tmp_path, monkeypatch):
 
 def test_vllm_line():
     """Quoting, and a rank that vLLM has no name for."""
-    line = serving.vllm_line("nvidia/model", serving.Path("/a b/final"), rank=12)
+    line = ship.vllm_line("nvidia/model", ship.Path("/a b/final"), rank=12)
     words = shlex.split(line)
     assert words[:3] == ["vllm", "serve", "nvidia/model"]
     assert "--enable-lora" in words
@@ -173,7 +174,7 @@ def test_vllm_line():
     assert words[words.index("--lora-modules") + 1] == "fiqa=/a b/final"
     assert words[words.index("--host") + 1] == "127.0.0.1"
     with pytest.raises(WorkshopError, match="merge the adapter"):
-        serving.vllm_line("m", serving.Path("a"), rank=1000)
+        ship.vllm_line("m", ship.Path("a"), rank=1000)
 
 
 @pytest.mark.slow
@@ -183,15 +184,15 @@ def test_the_gguf_file_is_the_merged_model(smollm2, tmp_path):
 
     target = tmp_path / "a b" / "model.gguf"
     target.parent.mkdir()
-    for line in serving.gguf_lines(smollm2, target, tmp_path / "converter", sys.executable):
+    for line in ship.gguf_lines(smollm2, target, tmp_path / "converter", sys.executable):
         subprocess.run(line, shell=True, check=True, capture_output=True, timeout=600)
     packed = AutoModelForCausalLM.from_pretrained(
         target.parent, gguf_file=target.name, quantization_config=GgufConfig(dequantize=True)
     )
     whole = AutoModelForCausalLM.from_pretrained(smollm2)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    expected = merge.probe_logits(whole, tokenizer, "plain")
-    found = merge.probe_logits(
+    expected = ship.probe_logits(whole, tokenizer, "plain")
+    found = ship.probe_logits(
         packed, AutoTokenizer.from_pretrained(target.parent, gguf_file=target.name), "plain"
     )
     assert (found - expected).abs().max() < 0.05 * expected.std()
@@ -204,4 +205,4 @@ def test_an_at_sign_in_a_path(tmp_path):
     folder.mkdir()
     (folder / "config.json").touch()
     with pytest.raises(WorkshopError, match="has an @ in its path"):
-        serving.refuse_name(folder)
+        ship.refuse_name(folder)

@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fiqa_helpers import prompts, show
-from fiqa_helpers.generation import Answer
+from fiqa_helpers import rows, show
+from fiqa_helpers.generate import Answer
 
 
 class Page(HTMLParser):
@@ -37,7 +37,7 @@ def page(shown: show.Shown) -> Page:
 
 @pytest.fixture
 def row(tiny_tokenizer) -> dict:
-    return prompts.encode("Is $5 < $7 & why?", "Yes: $5 <b>is</b> less.\nTruly.", tiny_tokenizer)
+    return rows.encode("Is $5 < $7 & why?", "Yes: $5 <b>is</b> less.\nTruly.", tiny_tokenizer)
 
 
 def test_trained_tokens_are_marked_without_colour(row, tiny_tokenizer):
@@ -73,7 +73,7 @@ def test_hidden_tokens_are_counted_and_said(row, tiny_tokenizer):
 
 def test_characters_cut_between_tokens_do_not_break_the_page(tiny_tokenizer):
     """A byte-level token may be a third of a character: decoding it alone gives no valid text."""
-    row = prompts.encode("€ or 元?", "Both 🏦.", tiny_tokenizer)
+    row = rows.encode("€ or 元?", "Both 🏦.", tiny_tokenizer)
     shown = show.tokens(row, tiny_tokenizer)
     shown.html.encode("utf-8")
     assert page(shown).open == []

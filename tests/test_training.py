@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from training_child import Trainings, result
 
-from fiqa_helpers import checkpoints
-from fiqa_helpers.errors import WorkshopError
+from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.machinery import checkpoints
 
 SHORT = "{max_steps: 8, epochs: 2, train_rows: 9, batch_size: 2, tokens_per_batch: 256, lora_dropout: 0.05}"
 
@@ -225,11 +225,12 @@ def make_trainer(tiny_tokenizer, fiqa_rows, tmp_path):
     from peft import get_peft_model
     from transformers import TrainingArguments
 
-    from fiqa_helpers import batching, model, profiles, prompts, training
+    from fiqa_helpers import model, profiles, trainer
+    from fiqa_helpers.rows import StepCollator, encode_rows
 
     def make(arguments: dict | None = None, rows: int = 10, **changes):
         profile = replace(profiles.load_profile("tiny"), **changes)
-        encoded = prompts.encode_rows(datasets.Dataset.from_list(fiqa_rows[:rows]), tiny_tokenizer, profile)
+        encoded = encode_rows(datasets.Dataset.from_list(fiqa_rows[:rows]), tiny_tokenizer, profile)
         values = {
             "output_dir": str(tmp_path / "run"),
             "per_device_train_batch_size": profile.batch_size,
@@ -243,14 +244,12 @@ def make_trainer(tiny_tokenizer, fiqa_rows, tmp_path):
             "disable_tqdm": True,
             "report_to": "none",
         } | (arguments or {})
-        return training.AnswerTrainer(
+        return trainer.AnswerTrainer(
             model=get_peft_model(model.load_base(profile), model.lora_config(profile)),
             args=TrainingArguments(**values),
             train_dataset=encoded,
             eval_dataset=encoded,
-            data_collator=batching.StepCollator(
-                tiny_tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout
-            ),
+            data_collator=StepCollator(tiny_tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout),
         )
 
     return make
@@ -367,7 +366,7 @@ def test_sigterm_while_the_loss_explodes_promises_no_checkpoint(make_trainer, tm
 
 def test_guard_forgives_a_single_bad_step():
     """One hard batch is no explosion."""
-    from fiqa_helpers.safety import LossGuard
+    from fiqa_helpers.trainer import LossGuard
 
     guard = LossGuard(vocabulary=1000)
     high = math.log(1000) + 2

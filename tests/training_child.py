@@ -41,12 +41,13 @@ def train(job: dict, prepared: dict) -> None:
     from transformers import TrainerCallback, TrainingArguments, set_seed
     from transformers.integrations import TensorBoardCallback
 
-    from fiqa_helpers import checkpoints, data, model, profiles, prompts
-    from fiqa_helpers.batching import StepCollator
-    from fiqa_helpers.generation import generate_answers
-    from fiqa_helpers.live import LivePanel, remove_progress_callbacks
-    from fiqa_helpers.paths import Workspace
-    from fiqa_helpers.training import AnswerTrainer
+    from fiqa_helpers import data, model, profiles
+    from fiqa_helpers.base import Workspace
+    from fiqa_helpers.generate import generate_answers
+    from fiqa_helpers.machinery import checkpoints
+    from fiqa_helpers.machinery.live import LivePanel, remove_progress_callbacks
+    from fiqa_helpers.rows import StepCollator, encode_rows
+    from fiqa_helpers.trainer import AnswerTrainer
 
     with open(job["phase"], "r+b") as file:
         phase = mmap.mmap(file.fileno(), 2)
@@ -82,7 +83,7 @@ def train(job: dict, prepared: dict) -> None:
     profile, workspace = profiles.load_profile("tiny", job.get("overrides", "")), Workspace(job["workdir"])
     tokenizer, splits = prepared["tokenizer"], prepared["splits"]
     rows = {"train": splits["train"].select(range(profile.train_rows)), "validation": splits["validation"]}
-    encoded = {split: prompts.encode_rows(part, tokenizer, profile) for split, part in rows.items()}
+    encoded = {split: encode_rows(part, tokenizer, profile) for split, part in rows.items()}
     run = checkpoints.open_run(workspace, profile, {s: data.fingerprint(part) for s, part in rows.items()})
     if run.final_card:
         print("finished before")
@@ -156,9 +157,10 @@ def serve() -> None:
     import torch  # noqa: F401
     from peft import get_peft_model  # noqa: F401
 
-    from fiqa_helpers import data, live, model, notebook, profiles, training  # noqa: F401
+    from fiqa_helpers import data, model, profiles, run, trainer  # noqa: F401
+    from fiqa_helpers.machinery import live  # noqa: F401
 
-    notebook.quiet()
+    run.quiet()
     tokenizer = model.load_tokenizer(profiles.load_profile("tiny"))
     splits = data.load_with_report("packaged")[0]
     splits["validation"] = splits["validation"].select(range(6))

@@ -15,7 +15,7 @@ from panel_watch import SEEN, WATCH, at_step
 TRAIN = """
 import sys; sys.path.insert(0, {tests!r})
 import panel_training as t
-from fiqa_helpers.live import LivePanel
+from fiqa_helpers.machinery.live import LivePanel
 model = t.make_model()
 panel = LivePanel(t.QUESTIONS, t.sampler(model), sample_steps={sample_steps}, title="Small", png={png!r})
 trainer = t.make_trainer({run!r}, [panel], model=model, steps={steps}, seconds={seconds}, eval_on_start=True)

@@ -1,0 +1,234 @@
+"""From a question and an answer to the rows of a batch: prompts, token ids, loss masks, micro-batches."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fiqa_helpers.base import WorkshopError
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from fiqa_helpers.profiles import Profile
+
+# --- From a question and an answer to token ids with a loss mask.
+
+SYSTEM_TEXT = (
+    "You are a helpful financial assistant. Provide comprehensive, detailed answers to financial questions. "
+    "Include relevant context, examples, and explanations when appropriate."
+)
+IGNORE_INDEX = -100  # PyTorch's cross-entropy leaves out positions with this label
+_SLOT = "\u241f question \u241f"  # stands for the question while a chat template is rendered
+
+
+def build_prompt(
+    question: str, style: str = "plain", tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> str:
+    """The text that comes before the answer.
+
+    `plain` is the reference template and ends in `Answer:`; the space that follows belongs to the answer's
+    first token. `chat` is the tokenizer's own chat template, up to where the assistant begins to speak. A
+    Nemotron system turn switches its reasoning and holds nothing else, so instructions go into the user
+    turn there (model card of Llama-3.1-Nemotron-Nano-8B-v1).
+    """
+    from jinja2 import TemplateError
+
+    if style == "plain":
+        return f"{SYSTEM_TEXT}\n\nQuestion: {question}\n\nAnswer:"
+    if tokenizer is None or not tokenizer.chat_template:
+        raise WorkshopError("prompt is 'chat' and this tokenizer has no chat template: use prompt plain.")
+    if "detailed thinking" in tokenizer.chat_template or "Nemotron" in str(tokenizer.name_or_path):
+        turns = [
+            {"role": "system", "content": "detailed thinking off"},
+            {"role": "user", "content": f"{SYSTEM_TEXT}\n\n{question}"},
+        ]
+    else:
+        turns = [{"role": "system", "content": SYSTEM_TEXT}, {"role": "user", "content": question}]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:  # a template may refuse a system turn, for one
+        raise WorkshopError(
+            f"The chat template of this tokenizer fails ({error}): use prompt plain."
+        ) from None
+
+
+def encode_prompt(question: str, tokenizer: "PreTrainedTokenizerBase", style: str = "plain") -> list[int]:
+    """Token ids of the prompt, with exactly one BOS where the tokenizer has one.
+
+    Special tokens count as such only where the template wrote them: a question that contains the text of an
+    end token is spelled out in ordinary tokens.
+
+    Raises:
+        WorkshopError: `question` is not text, or the chat template cannot be used.
+    """
+    if style == "plain":
+        ids = _spelled(build_prompt(question, style), tokenizer)
+    else:
+        parts = build_prompt(_SLOT, style, tokenizer).split(_SLOT)
+        if len(parts) != 2:
+            raise WorkshopError(
+                f"The chat template of this tokenizer writes the user turn {len(parts) - 1} times, not once: "
+                "use prompt plain."
+            )
+        before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
+        ids = [*before, *_spelled(question, tokenizer), *after]
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
+
+
+def encode(
+    question: str,
+    answer: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    style: str = "plain",
+    max_length: int = 2048,
+) -> dict[str, list[int]]:
+    """One training row: `input_ids` and `labels`, both of length n <= max_length.
+
+    Labels equal the ids on the answer and its end token and are `IGNORE_INDEX` on the prompt. They are not
+    shifted: transformers' models do that. Prompt and answer are tokenized apart, so no token spans both. A
+    row that is too long loses the end of its answer, and with it the end token.
+
+    Raises:
+        WorkshopError: the prompt alone fills the row, so that nothing would be trained, or a text is no text.
+    """
+    prompt = encode_prompt(question, tokenizer, style)
+    space = " " if style == "plain" else ""
+    text = _spelled(space + answer.strip(), tokenizer)
+    if len(prompt) >= max_length:
+        raise WorkshopError(
+            f"The prompt of {question[:60]!r} has {len(prompt)} tokens and max_length is {max_length}: "
+            "raise max_length or drop the row."
+        )
+    ids = [*prompt, *text, tokenizer.eos_token_id][:max_length]
+    return {"input_ids": ids, "labels": [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]}
+
+
+def _spelled(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Ids of a text from a person or a file: whatever looks like a special token in it is ordinary text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        start = max(0, error.start - 20)
+        raise WorkshopError(
+            f"The text {text[start : error.end + 20]!r} holds half of a surrogate pair, which no tokenizer "
+            "reads: remove it."
+        ) from None
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def encode_rows(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", profile: "Profile") -> "Dataset":
+    """Every row of (`question`, `ground_truths`) encoded; an answer is the first of its ground truths."""
+
+    def encoded(row: dict) -> dict[str, list[int]]:
+        answer = row["ground_truths"][0]
+        return encode(row["question"], answer, tokenizer, profile.prompt, profile.max_length)
+
+    return rows.map(encoded, remove_columns=rows.column_names, load_from_cache_file=False, desc="tokenizing")
+
+
+# --- One optimizer step's rows, cut into forward passes: padded side by side, or packed end to end.
+
+Row = dict[str, list[int]]  # input_ids and labels of one row, equally long
+
+
+def split_rows(rows: Sequence[Row], tokens_per_batch: int, layout: str) -> list[list[Row]]:
+    """`rows` in groups whose forward pass computes at most `tokens_per_batch` tokens.
+
+    A padded group computes its longest row once for every row, so neighbours in length go together. A packed
+    group computes just its own tokens, so the longest rows are placed first and short ones fill the gaps
+    (first-fit decreasing: Johnson 1974, https://doi.org/10.1137/0203025).
+
+    Raises:
+        WorkshopError: one row alone is longer than the budget.
+    """
+    by_length = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
+    if by_length and len(by_length[0]["input_ids"]) > tokens_per_batch:
+        raise WorkshopError(
+            f"A row has {len(by_length[0]['input_ids'])} tokens and tokens_per_batch is {tokens_per_batch}: "
+            "raise tokens_per_batch or lower max_length."
+        )
+    groups: list[list[Row]] = []
+    used: list[int] = []
+    for row in by_length:
+        length = len(row["input_ids"])
+        if layout == "padded":
+            fits = groups and (len(groups[-1]) + 1) * len(groups[-1][0]["input_ids"]) <= tokens_per_batch
+            place = len(groups) - 1 if fits else None
+        else:
+            place = next((i for i, n in enumerate(used) if n + length <= tokens_per_batch), None)
+        if place is None:
+            groups.append([row])
+            used.append(length)
+        else:
+            groups[place].append(row)
+            used[place] += length
+    return groups
+
+
+def pad_rows(rows: Sequence[Row], pad_token_id: int) -> dict[str, "torch.Tensor"]:
+    """A micro-batch of shape (rows, longest row), padded on the right; padding is not seen or trained."""
+    import torch
+
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values: Sequence[list[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([[*value, *[filler] * (width - len(value))] for value in values])
+
+    return {
+        "input_ids": padded([row["input_ids"] for row in rows], pad_token_id),
+        "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+        "labels": padded([row["labels"] for row in rows], IGNORE_INDEX),
+    }
+
+
+def pack_rows(rows: Sequence[Row]) -> dict[str, "torch.Tensor | int"]:
+    """A micro-batch of shape (1, all tokens): rows end to end, told apart by positions that restart at 0.
+
+    `cu_seq_lens_q` (int32, rows + 1 offsets) and `max_length_q` carry the same limits to kernels that need
+    them. The first label of a row is always on its prompt, so no row is asked for the next one's first token.
+
+    The vocabulary is large and a prompt has no loss, so logits are wanted only where the next token is
+    trained: `logits_to_keep` holds those positions, `shift_labels` (1, as many) what comes next there.
+    """
+    import torch
+
+    lengths = [len(row["input_ids"]) for row in rows]
+    limits = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    labels = torch.tensor([[label for row in rows for label in row["labels"]]])
+    trained = (labels[0] != IGNORE_INDEX).nonzero()[:, 0]
+    return {
+        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "labels": labels,
+        "logits_to_keep": trained - 1,
+        "shift_labels": labels[:, trained],
+        "cu_seq_lens_q": limits,
+        "cu_seq_lens_k": limits,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+class StepCollator:
+    """Collator for `AnswerTrainer`: all rows of one optimizer step -> its micro-batches.
+
+    `labels` stands at the top level too, as one row of all labels, because transformers' Trainer counts the
+    step's trained tokens there.
+    """
+
+    def __init__(self, pad_token_id: int, tokens_per_batch: int, layout: str):
+        self.pad_token_id, self.tokens_per_batch, self.layout = pad_token_id, tokens_per_batch, layout
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, object]:
+        import torch
+
+        groups = split_rows(rows, self.tokens_per_batch, self.layout)
+        if self.layout == "packed":
+            micro_batches = [pack_rows(group) for group in groups]
+        else:
+            micro_batches = [pad_rows(group, self.pad_token_id) for group in groups]
+        labels = torch.cat([batch["labels"].flatten() for batch in micro_batches])
+        return {"labels": labels, "micro_batches": micro_batches}
