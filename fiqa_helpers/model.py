@@ -13,7 +13,7 @@ from unittest import mock
 from fiqa_helpers.base import WorkshopError, Workspace, project_root, read_card
 from fiqa_helpers.machinery.checkpoints import MANIFEST, fault, model_files
 from fiqa_helpers.machinery.machine import nemotron_config
-from fiqa_helpers.profiles import MUST_AGREE, REFERENCE
+from fiqa_helpers.profiles import MUST_AGREE, REFERENCE, from_card
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -390,11 +390,8 @@ class KeptRun:
     @cached_property
     def label(self) -> str:
         """Which model, data, settings, device and day: shown wherever something of this run is shown."""
-        from fiqa_helpers.profiles import Profile
-
         profile, device = self.training["profile"], self.notebook("04")["device"]
-        names = Profile.__dataclass_fields__
-        known = Profile(**{n: profile.get(n, getattr(REFERENCE, n)) for n in names})
+        known = from_card(profile)
         words = known.banner()
         kept = f"{known.topical_words} words of each answer" if known.topical_words else "whole answers"
         where = (device["gpu"] or {}).get("name") or f"{device['cores']} cores of {device['cpu']}"
