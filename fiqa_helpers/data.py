@@ -103,9 +103,11 @@ def _files_of(split: str, files: list[Path], folder: Path) -> list[Path]:
         remedy = "add it, or leave a single file, which is then split by hash"
         raise WorkshopError(f"{folder} has no file whose name begins with {split}: {remedy}.")
     shards = [re.search(r"-\d+-of-(\d+)\.", file.name) for file in found]
-    if len(found) > 1 and {int(shard[1]) if shard else 0 for shard in shards} != {len(found)}:
+    if {int(shard[1]) if shard else 1 for shard in shards} != {len(found)}:
         listed = ", ".join(file.name for file in found[:4])
-        raise WorkshopError(f"{folder} has several files for the {split} split ({listed}): keep one.")
+        raise WorkshopError(
+            f"{folder} has {listed} for the {split} split: keep one file, or all the shards of one."
+        )
     return found
 
 
@@ -212,13 +214,16 @@ def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
     except ValueError:  # the first line is no value of its own: one value over all lines
         texts = ["".join(texts)]
     for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
         try:
-            value = json.loads(text) if text.strip() else []
+            value = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"line {number + error.lineno - 1} is not JSON: {error.msg}") from None
         if isinstance(value, dict) and isinstance(value.get("data"), list):
             value = value["data"]
-        yield from enumerate(value, 1) if isinstance(value, list) else [(number, value)]
+        whole = isinstance(value, list) and len(texts) == 1
+        yield from enumerate(value, 1) if whole else [(number, value)]
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
