@@ -296,8 +296,9 @@ def test_a_wrong_answer_gets_its_own_hint(solved, number, wrong, hint):
 @pytest.mark.slow
 def test_the_solutions_of_06_generate_nothing(solved):
     """They say so, and on a laptop generating the answers again would take a minute."""
-    names = solved("06").names
-    assert names["base"].reused == names["tuned"].reused == names["count"] > 1
+    notebook = solved("06")
+    count, said = notebook.names["count"], notebook.say(notebook.cells["sol-06-setup-answers"].source)
+    assert said.count(f"{count} answers, {count} of them kept from before") == 2
 
 
 def test_every_exercise_has_wrong_answers_here():
@@ -346,3 +347,11 @@ def test_what_counts_as_open(capsys):
         assert "not solved yet" in said_of(capsys, exercise_1, 5, answer), answer
     for answer in (0, False, "", [], lambda: 0, exercise_1):
         assert "right" in said_of(capsys, exercise_1, answer), answer
+
+
+def test_no_exercise_is_right_where_asserts_are_skipped():
+    """PYTHONOPTIMIZE strips each hint's assert: every answer was right."""
+    code = "from fiqa_helpers.base import check\ndef exercise_1(n):\n    assert n == 3\n    return ''\n"
+    code += "check(exercise_1, 4)"
+    said = subprocess.check_output([sys.executable, "-O", "-c", code], text=True)
+    assert "cannot be checked: Python was told to skip assert" in said and "right" not in said

@@ -67,9 +67,7 @@ def report(results: list[Check]) -> str:
 
 
 def _python() -> Check:
-    detail = (
-        f"{platform.python_version()} ({sys.executable}) on {machine.system_name()}, {platform.machine()}"
-    )
+    detail = f"{platform.python_version()} ({sys.executable}) on {platform.platform(terse=True)}"
     ok = sys.platform == "linux" and sys.version_info[:2] in ((3, 12), (3, 13))
     return Check("Python", ok, detail, "run `make env` with Python 3.12 or 3.13 on Linux, or WSL2 on Windows")
 
