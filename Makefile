@@ -59,7 +59,7 @@ lab: env  ## open the workshop in JupyterLab
 
 book: env  ## render the executed notebooks and the docs as a static site in outputs/book
 	@$(call extra,book,myst_nb furo)
-	@$(python) scripts/make_book.py --workdir "$$FIQA_WORKDIR" $(ARGS)
+	@$(python) scripts/make_book.py "$$FIQA_WORKDIR" $(ARGS)
 
 bench: env  ## speed beside TRL, NeMo and others: on a GPU the 8B model (about 6 minutes), else the laptop profile
 	@$(call extra,bench,trl)

@@ -29,7 +29,7 @@ def whole_run(test):
 
 
 def make_book(workdir: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(PROJECT / "scripts" / "make_book.py"), "--workdir", str(workdir)]
+    command = [sys.executable, str(PROJECT / "scripts" / "make_book.py"), str(workdir)]
     return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
 
 

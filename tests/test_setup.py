@@ -267,7 +267,7 @@ def test_an_extra_is_installed_when_it_is_first_needed(clone, installed):
     result = make("book", "WORKDIR=/a try", cwd=clone)
     assert result.returncode == 0, result.stderr
     *pip, book = (clone / "called").read_text().splitlines()
-    assert book == "scripts/make_book.py --workdir /a try"
+    assert book == "scripts/make_book.py /a try"
     assert [line.endswith("-c constraints.txt -e .[book]") for line in pip] == [True] * (not installed)
 
 
