@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Make notebooks/precomputed/ out of a finished run: `python scripts/make_precomputed.py WORKDIR`.
 
 WORKDIR holds what notebooks 01 to 06 wrote with one profile: `outputs/` and `checkpoints/final_model/`. Its

@@ -118,7 +118,7 @@ def executed(request, tmp_path_factory) -> Path:
     """Folder with every notebook executed and, beside them, what they wrote (it is their workdir).
 
     The real model on real rows, once for all tests: shortened in `make test`, and as it is in the slow tier.
-    papermill injects the parameters and nbmake executes: both tools see each notebook, at the cost of one run.
+    papermill injects the parameters and nbmake executes: both tools see each notebook, for the cost of one.
     Exercises are there twice: open, then solved.
     """
     folder = tmp_path_factory.mktemp(f"tutorial_{request.param}")

@@ -1,7 +1,7 @@
 """Every notebook, executed on the laptop profile: real model, real rows; then what it left is examined.
 
-Once shortened (`make test`), once whole (the slow tier). papermill injects the parameters and nbmake executes:
-both tools see each notebook, at the cost of one run.
+Once shortened (`make test`), once whole (the slow tier). papermill injects the parameters and nbmake
+executes: both tools see each notebook, at the cost of one run.
 """
 
 import json
