@@ -370,12 +370,12 @@ class LivePanel(TrainerCallback, ExportableState):
         self.picture_seconds = time.perf_counter() - began
         shown = Picture(png, self.summary)
         if self.live:
-            # A page that was away gets no outputs of this cell any more; it finds the picture in the widget.
-            self._figures.value = f"{shown.html}<p>{WAS_AWAY}</p>"
-            self._box.children = [self._box.children[0], self._figures, self._answers]
             # first the picture, then the text for the panel: the page is never shorter, and so doesn't scroll
             self._picture_output.update(shown)
             self._panel_output.update({"text/plain": self.summary}, raw=True)
+            # a page that was away gets no outputs of this cell any more: it finds the picture in the widget
+            self._figures.value = f"{shown.html}<p>{WAS_AWAY}</p>"
+            self._box.children = [self._box.children[0], self._figures, self._answers]
         else:
             print(self.summary)
             if get_ipython() is not None:
