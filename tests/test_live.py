@@ -158,8 +158,6 @@ def test_sampling_leaves_mode_and_random_states_as_they_were():
     import numpy
     import torch
 
-    from fiqa_helpers.machinery.live import undisturbed
-
     def drawn():
         return random.random(), numpy.random.random(), torch.rand(1).item()
 
@@ -167,7 +165,7 @@ def test_sampling_leaves_mode_and_random_states_as_they_were():
     torch.manual_seed(3), numpy.random.seed(3), random.seed(3)
     expected = drawn()
     torch.manual_seed(3), numpy.random.seed(3), random.seed(3)
-    with pytest.raises(StopIteration), undisturbed(model):
+    with pytest.raises(StopIteration), live.undisturbed(model):
         assert not model.training
         drawn()
         raise StopIteration
