@@ -123,7 +123,7 @@ def test_interrupt_in_a_real_kernel_lets_the_next_cell_run(tmp_path):
         timer = threading.Timer(6, manager.interrupt_kernel)
         timer.start()
         status, outputs = run("with panel:\n    trainer.train()")
-        assert status == "ok" and [out["msg_type"] for out in outputs] == ["stream", "display_data"]
+        assert status == "ok" and [out["msg_type"] for out in outputs] == ["display_data", "display_data"]
         status, outputs = run("print(panel.stopped, panel.step == trainer.state.global_step, panel.outcome)")
         assert status == "ok"
         assert re.match(r"interrupted True stopped at step \d+ of 200", outputs[0]["content"]["text"])
