@@ -38,7 +38,7 @@ run: env  ## run the whole tutorial without a browser, with progress; ends with 
 	@$(python) -m fiqa_helpers run --profile "$$FIQA_PROFILE" --overrides "$$FIQA_OVERRIDES" \
 		--workdir "$$FIQA_WORKDIR" --only "$$FIQA_ONLY" $(if $(filter-out 0 no false,$(FRESH)),--fresh) $(ARGS)
 
-test: env  ## lint, unit tests, and every notebook executed once
+test: env  ## lint, unit tests, and every notebook executed once, shortened
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
 	@$(call extra,book,myst_nb furo)
