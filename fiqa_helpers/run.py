@@ -129,9 +129,10 @@ class Run:
                 files=[self.workspace.shown(file) for file in files or []],
                 facts=facts,
             )
-        print(f"{self.profile.banner()}\n{figure}")
-        print(f"Notebook {self.number} took {minutes:.1f} minutes and at most {peak:.1f} GiB;", end=" ")
-        print(f"its run card is {self.workspace.shown(path)}.")
+        print(
+            f"{self.profile.banner()}\n{figure}\nNotebook {self.number} took {minutes:.1f} minutes and at most "
+            f"{peak:.1f} GiB; its run card is {self.workspace.shown(path)}."
+        )
 
 
 def check_parameters(namespace: dict) -> dict:
