@@ -129,10 +129,9 @@ class Run:
                 files=[self.workspace.shown(file) for file in files or []],
                 facts=facts,
             )
-        print(
-            f"{self.profile.banner()}\n{figure}\nNotebook {self.number} took {minutes:.1f} minutes and at most "
-            f"{peak:.1f} GiB; its run card is {self.workspace.shown(path)}."
-        )
+        took = f"Notebook {self.number} took {minutes:.1f} minutes and at most {peak:.1f} GiB"
+        card = self.workspace.shown(path)
+        print(f"{self.profile.banner()}\n{figure}\n{took}; its run card is {card}.")
 
 
 def check_parameters(namespace: dict) -> dict:

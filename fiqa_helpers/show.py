@@ -112,17 +112,6 @@ def ending(answer) -> str:
     return f"{how} {answer.n_tokens} token{'' if answer.n_tokens == 1 else 's'}"
 
 
-def progress(label: str, total: int, unit: str = "answer"):
-    """A tqdm bar for work of many parts that a person waits for; `bar.update(n)` counts, `bar.close()` ends.
-
-    It is drawn in place and leaves nothing behind. Headless there is none (`run.quiet` switches tqdm off),
-    since every redrawing would be kept in the executed notebook.
-    """
-    from tqdm import tqdm
-
-    return tqdm(desc=label, total=total, unit=unit, file=sys.stdout, leave=False)
-
-
 def show_line(text: str) -> None:
     """Write one line to the process's stderr, past the notebook, which would keep every line as output."""
     copy = getattr(sys.stderr, "_original_stdstream_copy", None)  # ipykernel's way to the terminal
