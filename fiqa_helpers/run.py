@@ -1,4 +1,4 @@
-"""How a notebook begins and ends, and what it hands on to the next one."""
+"""How a notebook begins and ends: parameters checked, settings that travel, noise quieted, a run card."""
 
 import difflib
 import logging
@@ -21,6 +21,7 @@ from fiqa_helpers.base import (
 )
 from fiqa_helpers.machinery import machine
 from fiqa_helpers.profiles import MUST_AGREE, REFERENCE, Profile, load_profile, profile_name
+from fiqa_helpers.show import Picture
 
 _NAMES = "00_start_here 01_explore_fiqa 02_format_prompts 03_set_up_lora 04_train 05_generate 06_evaluate"
 NOTEBOOKS = {name[:2]: name for name in [*_NAMES.split(), "07_scale_out"]}
@@ -100,8 +101,6 @@ class Run:
 
     def save_plot(self, figure, name: str, alt: str):
         """Save a matplotlib figure as `outputs/plots/NAME.png` and return it for display, with alt text."""
-        from fiqa_helpers.show import Picture
-
         path = self.workspace.plots / f"{name}.png"
         figure.savefig(path, dpi=100)
         return Picture(path.read_bytes(), alt)
@@ -124,9 +123,9 @@ class Run:
                 files=[self.workspace.shown(file) for file in files or []],
                 facts=facts,
             )
-        print(f"{self.profile.banner()}\n{figure}")
-        print(f"Notebook {self.number} took {minutes:.1f} minutes and at most {peak:.1f} GiB;", end=" ")
-        print(f"its run card is {self.workspace.shown(path)}.")
+        took = f"Notebook {self.number} took {minutes:.1f} minutes and at most {peak:.1f} GiB"
+        card = self.workspace.shown(path)
+        print(f"{self.profile.banner()}\n{figure}\n{took}; its run card is {card}.")
 
 
 def check_parameters(namespace: dict) -> dict:
