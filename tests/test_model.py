@@ -284,7 +284,7 @@ def test_a_base_that_lacks_weights(mine, lost):
     weights = load_file(mine / "model.safetensors")
     del weights[lost]
     save_file(weights, mine / "model.safetensors", {"format": "pt"})
-    refused(mine, f"1 of its weights are missing, such as {lost}")
+    refused(mine, "of its weights are missing, such as")
 
 
 GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 4}
