@@ -389,8 +389,8 @@ def read_processed(folder: Path) -> "DatasetDict":
     try:
         for split in SPLITS:
             path = folder / PROCESSED[split]
-            rows = Dataset.from_list(json.loads(path.read_text(encoding="utf-8")))
-            found[split] = rows.select_columns(["question", "ground_truths"])
+            rows = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_answer)
+            found[split] = Dataset.from_list(rows)
         path = folder / MANIFEST
         expected = json.loads(path.read_text(encoding="utf-8"))["splits"]
         for split in SPLITS:
@@ -402,6 +402,10 @@ def read_processed(folder: Path) -> "DatasetDict":
             f"{path} is missing or not what notebook 01 wrote: run notebook 01_explore_fiqa first."
         ) from None
     return found
+
+
+def _without_answer(row: dict) -> Row:
+    return {"question": row["question"], "ground_truths": row["ground_truths"]}
 
 
 def fingerprint(rows: Iterable[dict]) -> str:
