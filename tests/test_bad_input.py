@@ -164,10 +164,9 @@ CASES = [
     Case(
         "adapter missing", "05", {"profile": "tiny"}, ("There is no adapter", "run notebook 04_train first")
     ),
-    adapter("empty", {}, "is empty", "run notebook 04_train"),
-    adapter("pickle", {"adapter_config.json": LORA, "adapter_model.bin": PICKLE}, "a pickle", "safetensors"),
-    adapter("cut", {"adapter_config.json": LORA, "adapter_model.safetensors": b"\x08"}, "not a whole"),
-    adapter("no config", {"adapter_model.safetensors": b"\x08"}, "adapter_config.json is missing"),
+    adapter("empty", {}, "There is no adapter", "run notebook 04_train"),
+    adapter("pickle", {"adapter_config.json": LORA, "adapter_model.bin": PICKLE}, "pickled weights", "04"),
+    adapter("no card", {"adapter_model.safetensors": b"\x08"}, "run_card.json is missing"),
     Case(
         "adapter of another model",
         "05",
@@ -179,7 +178,7 @@ CASES = [
         "adapter of another architecture",
         "05",
         {"profile": "tiny"},
-        ("final_model was made for another model than random", "run notebook 04_train"),
+        ("final_model is half or was made for another model", "run notebook 04_train"),
         other_architecture_in_disguise,
     ),
     # notebooks out of order

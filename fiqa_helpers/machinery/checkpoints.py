@@ -19,6 +19,7 @@ from fiqa_helpers.base import (
     write_card,
     write_json,
 )
+from fiqa_helpers.model import model_files
 from fiqa_helpers.rows import SYSTEM_TEXT
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 SHOWN_ONLY = ("name", "title", "sample_steps", "max_new_tokens")  # settings that training does not depend on
 MEMORY_ONLY = ("tokens_per_batch", "gradient_checkpointing")  # the same sums in other portions
 WORDS = {"prompt_sha256": "the prompt template", "model_files": "the model's files"}
-SAMPLES, SAMPLE_BYTES = 16, 65536  # of each file of a model folder
 # fmt: off
 DECISIVE = (  # arguments that a run must be resumed with
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
@@ -55,31 +55,6 @@ def define(profile: "Profile", rows: dict[str, str]) -> dict:
     settings["prompt_sha256"] = hashlib.sha256(SYSTEM_TEXT.encode()).hexdigest()
     settings["model_files"] = model_files(profile)
     return json.loads(json.dumps(settings))
-
-
-def model_files(profile: "Profile") -> str:
-    """What tells one model from another of the same name: a commit of the hub, or a hash of a folder.
-
-    Of each file in a folder the name, the size and 16 samples of 64 KiB are hashed: other weights differ in
-    all of them, and 16 GB need not be read.
-    """
-    folder = Path(profile.model).expanduser()
-    if not folder.is_dir():
-        if "/" not in profile.model:  # packaged (its hash is pinned) or random
-            return profile.model
-        from huggingface_hub import try_to_load_from_cache
-
-        config = try_to_load_from_cache(profile.model, "config.json", revision=profile.model_revision)
-        return Path(config).parent.name if isinstance(config, str) else profile.model_revision
-    total = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        size = path.stat().st_size
-        total.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            for part in range(SAMPLES):
-                file.seek(size * part // SAMPLES)
-                total.update(file.read(SAMPLE_BYTES))
-    return total.hexdigest()
 
 
 def refuse_other(place: str, recorded: dict | None, definition: dict, begun: bool) -> None:
