@@ -50,8 +50,8 @@ class Merged:
 def merge_adapter(profile: "Profile", base: str, adapter: Path, target: Path) -> Merged:
     """Write `base` (hub id or folder) and `adapter` as one model to `target`, load it again and compare.
 
-    The tokenizer goes with it. Generation settings are those that were trained and evaluated: greedy, ended by
-    the base's end tokens and the training's, padded as in training. One model is in memory at a time.
+    The tokenizer goes with it. Generation settings are those that were trained and evaluated: greedy, ended
+    by the base's end tokens and the training's, padded as in training. One model is in memory at a time.
 
     Raises:
         WorkshopError: half an adapter, or one of another base model; or the merged model answers differently.
@@ -150,6 +150,13 @@ def serving(log: Path, seconds: float = 180) -> Iterator[str]:
             process.kill()  # does nothing to one that has ended
 
 
+def prompt_text(question: str, tokenizer: "PreTrainedTokenizerBase", style: str = "plain") -> str:
+    """The prompt as a server wants it: without the BOS token, where the tokenizer adds it by itself."""
+    text = build_prompt(question, style, tokenizer)
+    adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return text.removeprefix(tokenizer.bos_token) if adds_bos else text
+
+
 def gguf_lines(merged: Path, target: Path, converter: Path, python: str = "python") -> list[str]:
     """Two commands that turn a merged folder into a GGUF file for llama.cpp: fetch the converter, run it.
 
@@ -166,7 +173,7 @@ def gguf_lines(merged: Path, target: Path, converter: Path, python: str = "pytho
 
 def modelfile(gguf: Path, tokenizer: "PreTrainedTokenizerBase", style: str = "plain") -> str:
     """A Modelfile for Ollama; its TEMPLATE is exactly the prompt of the training (llama.cpp adds the BOS)."""
-    template = build_prompt("{{ .Prompt }}", style, tokenizer).removeprefix(tokenizer.bos_token or "")
+    template = prompt_text("{{ .Prompt }}", tokenizer, style)
     return f'FROM {gguf}\nTEMPLATE """{template}"""\nPARAMETER temperature 0\nPARAMETER num_predict 512\n'
 
 
