@@ -291,7 +291,7 @@ def test_stop_saves_a_checkpoint(place):
         ends = time.monotonic() + 300
         while not read_metrics(folder) and time.monotonic() < ends:
             time.sleep(0.1)
-        (shown.stop if hasattr(shown, "stop") else shown._output.stop).set()
+        shown.stop.set()
 
     person = threading.Thread(target=press_stop)
     person.start()

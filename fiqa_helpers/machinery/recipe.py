@@ -247,14 +247,13 @@ def launch(changes: Sequence[str] = (), gpus: int = 1) -> list[str]:
 def follow(process: subprocess.Popen, folder: Path, panel: LivePanel) -> None:
     """Show what `process` writes to `folder` in `panel`, until it has ended or Stop is pressed."""
     going = True
-    stop, show = (panel.stop, panel.show) if hasattr(panel, "stop") else (panel._output.stop, panel._show)
     while going:
-        going = process.poll() is None and not stop.wait(0.3)
+        going = process.poll() is None and not panel.stop.wait(0.3)
         panel.history = read_metrics(folder)
         trained = [row for row in panel.history if "loss" in row]
         if trained:
             panel.step, panel.total = trained[-1]["step"], trained[-1]["steps"]
-        show(EVALUATING if trained and panel.step == panel.total else TRAINING)
+        panel.show(EVALUATING if trained and panel.step == panel.total else TRAINING)
 
 
 def read_metrics(folder: Path) -> list[dict]:
