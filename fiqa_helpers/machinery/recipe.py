@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fiqa_helpers import data, model
 from fiqa_helpers.base import WorkshopError, project_root
 from fiqa_helpers.machinery.fast import register_packed_attention
-from fiqa_helpers.machinery.live import EVALUATING, TRAINING, LivePanel
+from fiqa_helpers.machinery.live import TRAINING, LivePanel
 from fiqa_helpers.machinery.machine import NEMOTRON, peak_memory_gib
 from fiqa_helpers.profiles import Profile, planned_profile
 from fiqa_helpers.rows import IGNORE_INDEX, Row, encode, pack_rows, split_rows
@@ -101,8 +101,8 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
         with end_all_together():
             super().setup()
         self.tokens_per_pass = self.cfg.get("packing.tokens_per_pass")
-        folder = Path(self.checkpointer.config.checkpoint_dir, "tensorboard")
-        self.boards = SummaryWriter(str(folder)) if self.dist_env.is_main else None
+        folder = f"{self.checkpointer.config.checkpoint_dir}/tensorboard"
+        self.boards = SummaryWriter(folder) if self.dist_env.is_main else None
 
     def _run_train_optim_step(self, batches, max_grad_norm=None):
         rate = self.optimizer[0].param_groups[0]["lr"]
@@ -196,11 +196,11 @@ def _build(config: ConfigNode, recipe: RecipeConfig, gpus: int, tokenizer) -> di
     kind = model.reference_config() if name == NEMOTRON else AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(kind)
-        linear = [name for name, part in skeleton.named_modules() if isinstance(part, torch.nn.Linear)]
         base = skeleton.num_parameters()
         apply_lora_to_linear_modules(skeleton, recipe.peft.instantiate())
+    adapted = [name for name, part in skeleton.named_modules() if hasattr(part, "lora_A")]
     for pattern in recipe.peft.target_modules:
-        if not fnmatch.filter(linear, pattern):
+        if not fnmatch.filter(adapted, pattern):
             raise WorkshopError(f"peft.target_modules: {pattern} matches no layer: NeMo would leave it out.")
     tokenizer = tokenizer or recipe.dataset.tokenizer.instantiate()
     loader = recipe.dataloader.build(tokenizer=tokenizer, dp_rank=0, dp_world_size=gpus)
@@ -216,7 +216,7 @@ def _build(config: ConfigNode, recipe: RecipeConfig, gpus: int, tokenizer) -> di
         "steps_per_epoch": steps.epoch_len,
         "steps": len(rates),
         "learning_rates": rates,
-        "lora_modules": [name for name, part in skeleton.named_modules() if hasattr(part, "lora_A")],
+        "lora_modules": adapted,
         "trainable": sum(p.numel() for p in skeleton.parameters() if p.requires_grad),
         "base_parameters": base,
         "batch": next(iter(loader)),
@@ -250,10 +250,9 @@ def follow(process: subprocess.Popen, folder: Path, panel: LivePanel) -> None:
     while going:
         going = process.poll() is None and not panel.stop.wait(0.3)
         panel.history = read_metrics(folder)
-        trained = [row for row in panel.history if "loss" in row]
-        if trained:
-            panel.step, panel.total = trained[-1]["step"], trained[-1]["steps"]
-        panel.show(EVALUATING if trained and panel.step == panel.total else TRAINING)
+        for row in panel.history:
+            panel.step, panel.total = row["step"], row.get("steps", panel.total)
+        panel.show(TRAINING)
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -312,8 +311,8 @@ def why_it_failed(log: Path) -> str:
     """One sentence: the error that came first in the log, which is seldom in its last line."""
     pattern = r"^(?:\[rank\d+\]:\s*)?(?:\w+\.)*(\w+(?:Error|Exception)): (.+)$"
     found = re.findall(pattern, log.read_text(errors="replace"), re.MULTILINE)
-    causes = [pair for pair in found if pair[0] != "ChildFailedError"]
-    kind, reason = causes[0] if causes else ("killed", "no error in its log")
+    found = [pair for pair in found if pair[0] != "ChildFailedError"]
+    kind, reason = found[0] if found else ("killed", "no error in its log")
     remedy = "set --distributed.activation_checkpointing=true; " if kind == "OutOfMemoryError" else ""
     return f"The recipe failed ({kind}: {reason[:300].rstrip('.')}): {remedy}look at {log}."
 

@@ -127,21 +127,25 @@ def serving(log: Path, seconds: float = 180) -> Iterator[str]:
     with log.open("wb") as out:
         process = subprocess.Popen([*command, "--port", str(port)], stdout=out, stderr=out, env=environment)
         try:
-            ends, ready = time.monotonic() + seconds, False
-            while not ready:
+            ends = time.monotonic() + seconds
+            while not answers(f"http://{HOST}:{port}/health"):
                 if process.poll() is not None or time.monotonic() > ends:
-                    raise WorkshopError(
-                        f"The server was not ready (code {process.returncode}): look at {log}."
-                    )
+                    code = process.returncode
+                    raise WorkshopError(f"The server was not ready (code {code}): look at {log}.")
                 time.sleep(0.3)
-                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{HOST}:{port}/health"):
-                    ready = True
             yield f"http://{HOST}:{port}/v1"
         finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(20)
-            process.kill()  # does nothing to one that has ended
+            process.kill()  # it has nothing to save
+            process.wait()
+
+
+def answers(url: str) -> bool:
+    """Does anybody answer there?"""
+    try:
+        with urllib.request.urlopen(url):
+            return True
+    except OSError:
+        return False
 
 
 def prompt_text(question: str, tokenizer: "PreTrainedTokenizerBase", style: str = "plain") -> str:
