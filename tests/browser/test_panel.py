@@ -183,7 +183,7 @@ def test_the_panel_in_half_a_window_and_on_a_phone(start, page):
     """Beside the text of a course, a wide panel would be cut off or need sideways scrolling."""
     notebook = start("narrow", steps=100, seconds=0.5)
     page.wait_for_selector(".fiqa-panel .samples .h:has-text('at step 4')", timeout=60_000)
-    for name, width in {"half": 760, "phone": 420}.items():
+    for name, width in {"half": 760, "narrow": 720, "phone": 420}.items():
         page.set_viewport_size({"width": width, "height": 1300})
         page.wait_for_function(f"() => document.querySelector('.fiqa-panel').clientWidth < {width}")
         notebook.shot(f"panel-small-{name}", of=".fiqa-panel")
