@@ -99,7 +99,7 @@ def test_the_notebooks_stay_as_they_are(opened):
 
 @pytest.mark.slow
 def test_an_idle_kernel_ends_and_what_was_typed_stays(tmp_path_factory, page):
-    """Kernels of notebooks that were left pile up to more memory than promised; ending them must lose no work."""
+    """Kernels of notebooks that were left pile up to much memory; ending them could lose what was typed."""
     soon = "--MappingKernelManager.cull_idle_timeout=5 --MappingKernelManager.cull_interval=1"
     with make_lab(tmp_path_factory, soon) as (address, _, _):
         page.goto(address)
