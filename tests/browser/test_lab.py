@@ -19,7 +19,7 @@ def opened(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def make_lab(tmp_path_factory, more: str = ""):
+def make_lab(tmp_path_factory, *options: str, more: str = ""):
     """`make lab` in a copy of the checkout, in a home without Jupyter's folders: (address, copy, home)."""
     folder, home = checkout(tmp_path_factory.mktemp("checkout")), tmp_path_factory.mktemp("home")
     with socket.socket() as free:
@@ -39,7 +39,7 @@ def make_lab(tmp_path_factory, more: str = ""):
     ):
         environment.pop(name, None)
     with (home / "server.log").open("w+") as log:
-        command = ["make", "lab", f"ARGS={arguments}"]
+        command = ["make", "lab", f"ARGS={arguments}", *options]
         server = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
         )
@@ -100,8 +100,8 @@ def test_the_notebooks_stay_as_they_are(opened):
 @pytest.mark.slow
 def test_an_idle_kernel_ends_and_what_was_typed_stays(tmp_path_factory, page):
     """Kernels of notebooks that were left pile up to much memory; ending them could lose what was typed."""
-    soon = "--MappingKernelManager.cull_idle_timeout=5 --MappingKernelManager.cull_interval=1"
-    with make_lab(tmp_path_factory, soon) as (address, _, _):
+    often = "--MappingKernelManager.cull_interval=1"
+    with make_lab(tmp_path_factory, "IDLE=5", more=often) as (address, _, _):
         page.goto(address)
         page.wait_for_selector(".jp-NotebookPanel .jp-Notebook", timeout=120_000)
         page.evaluate(READY)

@@ -224,5 +224,8 @@ def test_the_panel_is_readable_in_the_dark_theme(tmp_path, browser):
         )
         notebook.shot("panel-small-dark")
         notebook.wait_until_done(60)
+        notebook.shot("panel-small-dark-finished", of="img.fiqa-picture")
+        picture = page.evaluate("() => getComputedStyle(document.querySelector('img.fiqa-picture')).filter")
         page.close()
+    assert picture.startswith("invert")  # the picture is no white block
     assert paper < 0.2 and ink > 0.7, (ink, paper)
