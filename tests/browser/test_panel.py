@@ -16,6 +16,8 @@ TRAIN = """
 import sys; sys.path.insert(0, {tests!r})
 import panel_training as t
 from fiqa_helpers.machinery.live import LivePanel
+from fiqa_helpers.show import style_page
+style_page()
 model = t.make_model()
 panel = LivePanel(t.QUESTIONS, t.sampler(model), sample_steps={sample_steps}, title="Small", png={png!r})
 trainer = t.make_trainer({run!r}, [panel], model=model, steps={steps}, seconds={seconds}, eval_on_start=True)
@@ -85,6 +87,8 @@ def test_the_panel_redraws_in_place_and_leaves_one_picture(start, served, page):
     assert "widgets" not in saved["metadata"]
     picture = page.locator(".jp-OutputArea-output img[alt*='finished 16 steps']")
     assert picture.count() == 1
+    breaks = "() => getComputedStyle(document.querySelector('.jp-OutputArea-output pre')).wordBreak"
+    assert page.evaluate(breaks) == "normal"  # not inside words and numbers
     notebook.shot("panel-small-finished")
 
 
