@@ -21,7 +21,7 @@ from fiqa_helpers.base import (
 )
 from fiqa_helpers.machinery import machine
 from fiqa_helpers.profiles import MUST_AGREE, REFERENCE, Profile, load_profile, profile_name
-from fiqa_helpers.show import Picture
+from fiqa_helpers.show import Picture, style_page
 
 _NAMES = "00_start_here 01_explore_fiqa 02_format_prompts 03_set_up_lora 04_train 05_generate 06_evaluate"
 NOTEBOOKS = {name[:2]: name for name in [*_NAMES.split(), "07_scale_out"]}
@@ -53,6 +53,8 @@ def start(namespace: dict, number: str) -> "Run":
     if not parameters["overrides"].strip():
         parameters["overrides"] = travelled(number, name, workspace)
     profile = load_profile(name, parameters["overrides"])
+    if is_interactive():
+        style_page()
     print(profile.banner())
     return Run(number, parameters, profile, workspace)
 

@@ -140,6 +140,13 @@ def ending(answer) -> str:
     return f"{how} {answer.n_tokens} token{'' if answer.n_tokens == 1 else 's'}"
 
 
+def style_page() -> None:
+    """Let JupyterLab break lines of text between words; its own rule breaks them inside numbers."""
+    from IPython.display import HTML, display
+
+    display(HTML("<style>.jp-Notebook .jp-OutputArea-output pre{word-break:normal}</style>"))
+
+
 def show_line(text: str) -> None:
     """Write one line to the process's stderr, past the notebook, which would keep every line as output."""
     copy = getattr(sys.stderr, "_original_stdstream_copy", None)  # ipykernel's way to the terminal
