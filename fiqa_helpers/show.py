@@ -36,28 +36,22 @@ class Shown:
         return self.text
 
 
-class Picture:
+class Picture(Shown):
     """A PNG to display, with its alternative text wherever it is shown.
 
     JupyterLab gives a PNG the text "Image", so a person gets an <img> as well; it turns dark with the theme.
     """
 
     def __init__(self, png: bytes, alt: str):
-        self.png, self.alt = base64.b64encode(png).decode(), alt
-
-    @property
-    def html(self) -> str:
-        source = f"data:image/png;base64,{self.png}"
-        return f'{_DARK}<img class="fiqa-picture" alt="{html.escape(self.alt)}" src="{source}">'
+        self.png = base64.b64encode(png).decode()
+        image = f'alt="{html.escape(alt)}" src="data:image/png;base64,{self.png}"'
+        super().__init__(f'{_DARK}<img class="fiqa-picture" {image}>', alt)
 
     def _repr_mimebundle_(self, **_: object) -> tuple[dict, dict]:
-        data = {"image/png": self.png, "text/plain": self.alt}
+        data = {"image/png": self.png, "text/plain": self.text}
         if is_interactive():
             data["text/html"] = self.html
-        return data, {"image/png": {"alt": self.alt}}
-
-    def __repr__(self) -> str:
-        return self.alt
+        return data, {"image/png": {"alt": self.text}}
 
 
 def escape(text: str) -> str:

@@ -21,11 +21,11 @@ ORDER = [
 # sum -> (code lines that it may have, lines that it has today). The second may only fall: lower it with each
 # landing, until it is the first.
 BUDGET = {
-    "lesson rooms": (1700, 2913),
-    "machinery": (1400, 3958),
+    "lesson rooms": (1700, 2226),
+    "machinery": (1400, 2988),
     "files": (23, 24),
     "templates": (250, 182),
-    "tests": (7000, 13_764),
+    "tests": (7000, 12641),
     "benchmarks": (950, 1382),
     "scripts": (450, 450),
 }

@@ -7,7 +7,7 @@ import re
 import resource
 import shutil
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -24,8 +24,6 @@ class Gpu:
     name: str = "the NVIDIA GPU"
     total_gib: float = 0.0
     free_gib: float = 0.0  # what other processes leave
-    capability: str = ""  # compute capability, such as 9.0
-    bf16: bool = False  # computes in bf16 in hardware
     problem: str = ""
 
 
@@ -53,8 +51,7 @@ def gpu() -> Gpu | None:
         name=card.name,
         total_gib=total / GIB,
         free_gib=free / GIB,
-        capability=f"{card.major}.{card.minor}",
-        bf16=card.major >= 8,
+        problem="" if card.major >= 8 else "it does not compute in bf16",
     )
 
 
@@ -105,8 +102,8 @@ def describe() -> dict:
     }
 
 
-def _read(path: str) -> str:
-    """The text of a file that only some systems have."""
+def _read(path: Path | str) -> str:
+    """The text of a file that is not everywhere; empty where it is not."""
     return Path(path).read_text(encoding="utf-8", errors="replace") if os.path.isfile(path) else ""
 
 
@@ -139,12 +136,12 @@ class Ledger:
     @property
     def total(self) -> float:
         """Bytes."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(astuple(self))
 
     def gib(self) -> dict[str, float]:
         """Every line and the total, in GiB."""
-        lines = {field.name: getattr(self, field.name) / GIB for field in fields(self)}
-        return lines | {"total": self.total / GIB}
+        lines = asdict(self) | {"total": self.total}
+        return {name: size / GIB for name, size in lines.items()}
 
 
 def nemotron_config() -> dict:
@@ -155,12 +152,9 @@ def nemotron_config() -> dict:
 
 def config_of(profile) -> dict | None:
     """The configuration of a `Profile`'s model where it is known without a download, else None."""
-    folder = Path(profile.model).expanduser()
     if profile.model == NEMOTRON:
         return nemotron_config()
-    if not (folder / "config.json").is_file():
-        return None
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads(_read(Path(profile.model).expanduser() / "config.json") or "{}")
     return config if {"num_key_value_heads", "intermediate_size"} <= config.keys() else None
 
 
