@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fiqa_helpers.base import WorkshopError
-from fiqa_helpers.show import answer_clicks_while_busy, escape
+from fiqa_helpers.rows import encode_prompt
+from fiqa_helpers.show import answer_clicks_while_busy, answers, escape
 
 if TYPE_CHECKING:
-    import ipywidgets
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -48,14 +48,21 @@ def generate_answers(
 
     The model is returned to the mode it was in, and the global random state is left as it was, so that
     sampling in the middle of a training run does not change the run. Other keywords go to `generate`.
+
+    Raises:
+        WorkshopError: a question with its answer is longer than what the model reads.
     """
     import torch
-
-    from fiqa_helpers.rows import encode_prompt
 
     if not questions:
         return []
     ids = [encode_prompt(question, tokenizer, style) for question in questions]
+    longest, context = max(map(len, ids)), model.config.max_position_embeddings
+    if longest + max_new_tokens > context:
+        raise WorkshopError(
+            f"A prompt has {longest:,} tokens, and with {max_new_tokens:,} of an answer it must fit the "
+            f"{context:,} that this model reads: shorten the question."
+        )
     inputs = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     was_training = model.training
@@ -87,187 +94,102 @@ def _answer(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> Answer:
 
 
 # --- The playground of notebook 05: ask a question, read the base and the tuned answer as they are written.
-#
-# Widgets leave state in a saved notebook, so it is for people only: build it when
-# `notebook.is_interactive()`.
 
 EVERY = 0.1  # seconds between two redraws while tokens arrive
-WRITING = "writing ..."
 EXAMPLE = "Should I pay off my mortgage early or invest the extra money?"
 
 
-def playground(
-    model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", profile: "Profile"
-) -> "ipywidgets.VBox":
-    """A question box, temperature and length, and both answers side by side: display what it returns.
-
-    Both answers are drawn with the same seed. The base answer is the same model's with its adapter switched
-    off, which is not safe in two threads at once: the two are written one after the other, and a cell that
-    uses the model should wait until they are.
-
-    Raises:
-        WorkshopError: the model has no adapter to switch off.
-    """
-    if not hasattr(model, "disable_adapter"):
-        raise WorkshopError("The playground needs a PEFT model, whose adapter it can switch off and on.")
-    return Playground(model, tokenizer, profile).box
-
-
 class Playground:
-    """The widgets and the thread that fills them."""
+    """A question box, temperature and length, and both answers side by side: display its `box`.
 
-    def __init__(self, model, tokenizer, profile):
-        import ipywidgets
+    Widgets leave state in a saved notebook, so it is for people only: build it when `is_interactive()`.
 
-        self.model, self.tokenizer, self.profile = model, tokenizer, profile
+    `model` is a `PeftModel`. The base answer is its own with the adapter switched off, which is not safe in
+    two threads at once: the two are written one after the other, and a cell that uses the model should wait
+    until they are. Both are drawn with the same seed.
+    """
+
+    def __init__(self, model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", profile: "Profile"):
+        import ipywidgets as w
+
+        self.model, self.tokenizer, self.style = model, tokenizer, profile.prompt
         self.worker: threading.Thread | None = None
-        self._cancel = threading.Event()
-        wide, longest = {"style": {"description_width": "110px"}}, 4 * profile.max_new_tokens
-        self.question = ipywidgets.Textarea(
-            EXAMPLE, description="Question", rows=2, layout={"width": "calc(100% - 6px)"}, **wide
-        )
-        self.temperature = ipywidgets.FloatSlider(
-            0.0, min=0.0, max=1.5, step=0.1, description="Temperature", readout_format=".1f", **wide
-        )
-        self.length = ipywidgets.IntSlider(
-            profile.max_new_tokens, min=8, max=longest, step=8, description="Longest, tokens", **wide
-        )
-        self.ask = ipywidgets.Button(description="Answer", icon="play", button_style="primary")
-        self.stop = ipywidgets.Button(description="Stop", icon="stop")
-        self.status = ipywidgets.HTML()
-        self.answers = [ipywidgets.HTML(layout={"flex": "1 1 300px", "width": "auto"}) for _ in range(2)]
-        controls = ipywidgets.HBox([self.temperature, self.length, self.ask, self.stop])
-        columns = ipywidgets.HBox(self.answers)
-        for line in (controls, columns):  # half a window or a phone: below one another
-            line.layout.flex_flow = "row wrap"
-        self.box = ipywidgets.VBox(
-            [self.question, controls, self.status, columns],
-            layout={"width": "100%", "max_width": "920px"},
-        )
+        self.cancel = threading.Event()
+        new = profile.max_new_tokens
+        self.question = w.Textarea(EXAMPLE, description="Question", rows=2, layout={"width": "100%"})
+        self.temperature = w.FloatSlider(0.0, min=0.0, max=1.5, step=0.1, description="Temperature")
+        self.length = w.IntSlider(new, min=8, max=4 * new, step=8, description="Tokens")
+        self.ask = w.Button(description="Answer", icon="play", button_style="primary")
+        self.stop = w.Button(description="Stop", icon="stop")
+        self.status, self.answers = w.HTML(), w.HTML()
+        controls = w.HBox([self.temperature, self.length, self.ask, self.stop])
+        controls.layout.flex_flow = "row wrap"  # half a window or a phone: below one another
+        self.box = w.VBox([self.question, controls, self.status, self.answers])
         self.ask.on_click(lambda _: self.start())
         self.stop.on_click(lambda _: self.halt())
         for widget in (self.question, self.temperature, self.length, self.ask, self.stop):
             answer_clicks_while_busy(widget)
-        self._say("0 is greedy decoding: the same question gives the same answer.")
-        for column in (0, 1):
-            self._write(column, "", "not asked yet")
-
-    def start(self) -> None:
-        """Begin to answer in a thread of its own, so that the page and the kernel stay free."""
-        # The buttons stay enabled and say why nothing happens: a button that is disabled drops the keyboard.
-        question = self.question.value.strip()
-        if self.busy:
-            self._say("Still writing: wait, or press Stop.")
-            return
-        if not question:
-            self._say("Type a question first.")
-            return
-        self._cancel.clear()
-        values = (question, self.temperature.value, self.length.value)
-        self.worker = threading.Thread(target=self._work, args=values, name="playground", daemon=True)
-        self.worker.start()
-
-    def halt(self) -> None:
-        """End both answers after the token at hand."""
-        if self.busy:
-            self._cancel.set()
-        else:
-            self._say("Nothing to stop: no answer is being written.")
+        self._say("Temperature 0 is greedy decoding: the same question gives the same answer.")
 
     @property
     def busy(self) -> bool:
         """Whether answers are being written."""
         return self.worker is not None and self.worker.is_alive()
 
+    def start(self) -> None:
+        """Begin to answer in a thread of its own, so that the page and the kernel stay free.
+
+        The buttons stay enabled and say why nothing happens: a disabled button drops the keyboard's focus.
+        """
+        question = self.question.value.strip()
+        if self.busy or not question:
+            self._say("Still writing: wait, or press Stop." if self.busy else "Type a question first.")
+            return
+        self.cancel.clear()
+        values = (question, self.temperature.value, self.length.value)
+        self.worker = threading.Thread(target=self._work, args=values, name="playground", daemon=True)
+        self.worker.start()
+
+    def halt(self) -> None:
+        """End both answers after the token at hand."""
+        self.cancel.set()
+        if not self.busy:
+            self._say("Nothing to stop: no answer is being written.")
+
     def _work(self, question: str, temperature: float, length: int) -> None:
         began = time.perf_counter()
+        said: dict[str, Answer | str] = {"base model": "", "tuned model": ""}
         try:
-            for column in (0, 1):
-                self._write(column, "", "waiting")
-            for column in (0, 1):
-                self._say(f"The {('base', 'tuned')[column]} model is writing ...")
-                self._answer(column, question, temperature, length)
-            ending = "Stopped" if self._cancel.is_set() else "Done"
+            for name in said:
+                self._say(f"The {name} is writing ...")
+                more = {"stopping_criteria": [self._each_token(question, said, name)]}
+                with nullcontext() if name == "tuned model" else self.model.disable_adapter():
+                    (said[name],) = generate_answers(
+                        self.model, self.tokenizer, [question], self.style, length, temperature, **more
+                    )
+                self._draw(question, said)
+            ending = "Stopped" if self.cancel.is_set() else "Done"
             self._say(f"{ending} after {time.perf_counter() - began:.1f} s.")
         except Exception as error:  # a thread's error would otherwise be seen by nobody
             self._say(f"It failed: {type(error).__name__}: {error}")
 
-    def _answer(self, column: int, question: str, temperature: float, length: int) -> None:
-        if self._cancel.is_set():
-            self._write(column, "", "stopped")
-            return
-        with self.model.disable_adapter() if column == 0 else nullcontext():
-            (answer,) = generate_answers(
-                self.model,
-                self.tokenizer,
-                [question],
-                self.profile.prompt,
-                length,
-                temperature,
-                streamer=self._streamer(column),
-                stopping_criteria=[lambda ids, scores, **_: self._cancelled(ids)],
-            )
-        end = (
-            "ended by itself"
-            if answer.stopped
-            else "stopped"
-            if self._cancel.is_set()
-            else "cut at the limit"
-        )
-        self._write(column, answer.text, f"{answer.n_tokens} tokens, {end}")
+    def _each_token(self, question: str, said: dict, name: str):
+        """A stopping criterion, which transformers asks after each token: it draws, and says when to stop."""
+        prompt, drawn = len(encode_prompt(question, self.tokenizer, self.style)), 0.0
 
-    def _cancelled(self, ids):
-        import torch
+        def after_token(ids, scores, **_):
+            nonlocal drawn
+            if time.perf_counter() - drawn >= EVERY:
+                text = self.tokenizer.decode(ids[0, prompt:], skip_special_tokens=True)
+                self._draw(question, said | {name: text.strip()})
+                drawn = time.perf_counter()
+            return ids.new_full((1,), self.cancel.is_set(), dtype=bool)
 
-        return torch.full((ids.shape[0],), self._cancel.is_set(), device=ids.device)
-
-    def _streamer(self, column: int):
-        """transformers' streamer, which writes into a column what is final of the text so far."""
-        from transformers import TextStreamer
-
-        playground, so_far, drawn = self, [], [0.0]
-
-        class Column(TextStreamer):
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                so_far.append(text)
-                if time.perf_counter() - drawn[0] >= EVERY:
-                    playground._write(column, "".join(so_far).strip(), WRITING)
-                    drawn[0] = time.perf_counter()
-
-        return Column(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        return after_token
 
     def _say(self, text: str) -> None:
         self.status.value = f'<span role="status">{escape(text)}</span>'
 
-    def _write(self, column: int, text: str, end: str) -> None:
-        name = ("Base model", "Tuned model")[column]
-        off = "" if text else " disabled"
-        kind = "grows" if end == WRITING else "whole"
-        self.answers[column].value = (
-            f'<style>{STYLE}</style><section class="fiqa-answer" aria-label="{name}"><header><b>{name}</b>'
-            f'<small>{escape(end)}</small><button{off} onclick="{COPY}" aria-label="Copy the answer of '
-            f'the {name.lower()}">Copy</button></header>'
-            f'<div class="{kind}" tabindex="0"><p>{escape(text)}</p></div></section>'
-        )
-
-
-# Browsers offer the clipboard on https and 127.0.0.1; elsewhere the text is selected and copied the old way.
-COPY = (
-    "const p = this.closest('section').querySelector('p'); "
-    "const done = () => { this.textContent = 'Copied' }; "
-    "if (navigator.clipboard) { navigator.clipboard.writeText(p.textContent).then(done) } "
-    "else { getSelection().selectAllChildren(p); document.execCommand('copy'); done() }"
-)
-STYLE = """
-.fiqa-answer{margin:4px 6px 4px 0;padding:8px 12px;border:1px solid var(--jp-border-color2,#d0d7de);
-border-radius:8px;color:var(--jp-ui-font-color1,#1f2328);font-size:13px;line-height:1.45}
-.fiqa-answer header{display:flex;align-items:center;gap:10px}
-.fiqa-answer small{flex:1;color:var(--jp-ui-font-color2,#59636e)}
-.fiqa-answer div{height:190px;margin:6px 0 0;overflow:auto}
-.fiqa-answer .grows{display:flex;flex-direction:column-reverse}
-.fiqa-answer .grows p{margin:0 0 auto}
-.fiqa-answer p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
-.fiqa-answer button{font-size:12px;color:inherit;background:var(--jp-layout-color2,#f6f8fa);cursor:pointer;
-border:1px solid var(--jp-border-color2,#d0d7de);border-radius:4px;padding:1px 10px}
-.fiqa-answer button:disabled{opacity:.5;cursor:default}
-""".replace("\n", "")
+    def _draw(self, question: str, said: dict) -> None:
+        columns = {name: [answer] for name, answer in said.items()}
+        self.answers.value = answers([question], columns, "Your question").html

@@ -1,23 +1,25 @@
 """Base models through NeMo AutoModel with PEFT's LoRA, trained adapters, the run kept in the project."""
 
 import contextlib
+import ctypes
+import gc
+import hashlib
 import json
+import os
+import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
-from fiqa_helpers.base import WorkshopError, Workspace, project_root, read_card
-from fiqa_helpers.machinery.checkpoints import MANIFEST, fault, model_files
-from fiqa_helpers.machinery.machine import nemotron_config
-from fiqa_helpers.profiles import MUST_AGREE, REFERENCE
+from fiqa_helpers.base import WorkshopError, Workspace, cache_dir, project_root, read_card
+from fiqa_helpers.machinery import assets, machine
+from fiqa_helpers.profiles import MUST_AGREE, PROFILES, REFERENCE
 
 if TYPE_CHECKING:
     import pandas as pd
-    import torch
     from matplotlib.figure import Figure
     from peft import LoraConfig
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -26,21 +28,17 @@ if TYPE_CHECKING:
 
 # --- Base models through NeMo AutoModel, on GPU and CPU; LoRA by PEFT; parameters counted without weights.
 
+SPARE_TOKENS = ("<|finetune_right_pad_id|>", "<reponame>", "<pad>", "<unk>", "<|endoftext|>")
+
 
 def model_path(profile: "Profile") -> str:
     """What `from_pretrained` is given: a hub id, or a folder (the packaged model's is made on first use)."""
-    from fiqa_helpers.machinery import assets
-
-    if profile.model in ("packaged", "random"):  # random weights still use the packaged tokenizer
+    if profile.model == "packaged":
         return str(assets.smollm2_folder())
+    if profile.model == "random":
+        return str(_random_folder())
     folder = Path(profile.model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise WorkshopError(f"{folder} holds no config.json: model must be a Hugging Face model folder.")
-        return str(folder)
-    if profile.model.startswith((".", "/", "~")):
-        raise WorkshopError(f"There is no folder {folder}: set model to a model's folder or a hub id.")
-    return profile.model
+    return str(folder) if folder.is_dir() else profile.model
 
 
 def load_tokenizer(profile: "Profile") -> "PreTrainedTokenizerBase":
@@ -54,10 +52,9 @@ def load_tokenizer(profile: "Profile") -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(
             model_path(profile), revision=profile.model_revision, trust_remote_code=False
         )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        unused = ("<|finetune_right_pad_id|>", "<reponame>", "<pad>", "<unk>", "<|endoftext|>")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         known = tokenizer.get_vocab()
-        spare = [token for token in unused if token in known and token != tokenizer.eos_token]
+        spare = [token for token in SPARE_TOKENS if token in known and token != tokenizer.eos_token]
         if not spare:
             raise WorkshopError(
                 f"{profile.model}: its tokenizer has no token to pad with besides its end token."
@@ -70,8 +67,6 @@ def base_config(profile: "Profile") -> "PretrainedConfig":
     """The base model's architecture, without its weights."""
     from transformers import AutoConfig
 
-    if profile.model == "random":
-        return tiny_model(load_tokenizer(profile)).config
     with _load_errors(profile):
         return AutoConfig.from_pretrained(
             model_path(profile), revision=profile.model_revision, trust_remote_code=False
@@ -83,7 +78,7 @@ def load_base(profile: "Profile", attn_implementation: str = "sdpa") -> "PreTrai
 
     `force_hf=True` asks for the Hugging Face class, which has `generate` and takes a PEFT adapter. Code that
     comes with a model is refused (left to itself, NeMo AutoModel runs that of any `nvidia/` repository), and
-    so are weights that are not safetensors.
+    so are pickled weights and a checkpoint that lacks some.
 
     Raises:
         WorkshopError: there is no such model, its files are damaged, or the hub cannot be reached.
@@ -91,15 +86,17 @@ def load_base(profile: "Profile", attn_implementation: str = "sdpa") -> "PreTrai
     import torch
 
     dtype = getattr(torch, profile.dtype)
-    if profile.model == "random":
-        return _cast(tiny_model(load_tokenizer(profile)), dtype).to(profile.device).eval()
+    if profile.model == "random":  # NeMo's import takes ten seconds, which tests need not wait for
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(model_path(profile), dtype=dtype)
+        return model.to(profile.device).eval()
     from nemo_automodel import NeMoAutoModelForCausalLM
 
-    path = model_path(profile)
-    with _load_errors(profile), nemo_on_cpu():
-        _require_safetensors(path, profile.model_revision)
+    with _load_errors(profile), nemo_on_cpu(), refuse_missing_weights():
+        _require_safetensors(profile)
         model = NeMoAutoModelForCausalLM.from_pretrained(
-            path,
+            model_path(profile),
             revision=profile.model_revision,
             trust_remote_code=False,
             dtype=dtype,
@@ -107,18 +104,9 @@ def load_base(profile: "Profile", attn_implementation: str = "sdpa") -> "PreTrai
             attn_implementation=attn_implementation,
             use_liger_kernel=torch.cuda.is_available(),
         )
-    _refuse_other_weights(model, path)
-    return _cast(model, dtype).to(profile.device).eval()
-
-
-def _cast(model: "PreTrainedModel", dtype: "torch.dtype") -> "PreTrainedModel":
-    """The model with its weights in `dtype`. Buffers (RoPE's frequencies) keep their fp32, unlike in `.to()`.
-
-    NeMo AutoModel 0.7.0 keeps a checkpoint's dtype where it is wider than the one that is asked for.
-    """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
+    for parameter in model.parameters():  # NeMo 0.7.0 keeps a checkpoint's dtype where it is the wider one;
+        parameter.data = parameter.data.to(dtype)  # not model.to(dtype): RoPE's buffers stay fp32
+    return model.to(profile.device).eval()
 
 
 @contextlib.contextmanager
@@ -136,6 +124,55 @@ def nemo_on_cpu() -> Iterator[None]:
     answers = iter([0])
     with mock.patch.object(torch.cuda, "current_device", lambda: next(answers, torch.device("cpu"))):
         yield
+
+
+@contextlib.contextmanager
+def refuse_missing_weights() -> Iterator[None]:
+    """Make `from_pretrained` fail where the files lack weights of the model, which would stay random.
+
+    transformers (5.18) only warns, and NeMo AutoModel does not pass `output_loading_info` on. Tied weights
+    are not missing.
+    """
+    from transformers import PreTrainedModel
+
+    finalize = PreTrainedModel._finalize_model_loading
+
+    def checked(model, load_config, loading_info):
+        report = finalize(model, load_config, loading_info)
+        missing = sorted(report.missing_keys)
+        if missing:
+            raise ValueError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
+        return report
+
+    with mock.patch.object(PreTrainedModel, "_finalize_model_loading", staticmethod(checked)):
+        yield
+
+
+def _require_safetensors(profile: "Profile") -> None:
+    """Refuse a model of pickled weights, which can run code when read: NeMo AutoModel falls back to them."""
+    from transformers.utils import cached_file
+
+    where = {"revision": profile.model_revision, "_raise_exceptions_for_missing_entries": False}
+    files = ("model.safetensors.index.json", "model.safetensors")
+    if not any(cached_file(model_path(profile), name, **where) for name in files):
+        raise ValueError("it has no safetensors file, and weights in other formats are not loaded")
+
+
+@contextlib.contextmanager
+def _load_errors(profile: "Profile") -> Iterator[None]:
+    """Turn whatever a failed download or a broken folder ends in into one sentence."""
+    import torch
+
+    try:
+        yield
+    except (WorkshopError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # also a TypeError, of a field that this version of transformers does not know
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        raise WorkshopError(
+            f"Cannot load {profile.model} ({reason}): check the name and the connection to the hub, or set "
+            "model in overrides to a folder that holds one whole model."
+        ) from error
 
 
 def lora_config(profile: "Profile") -> "LoraConfig":
@@ -159,9 +196,8 @@ def reference_config() -> "PretrainedConfig":
     """
     from transformers import AutoConfig
 
-    values = nemotron_config()
-    values.pop("_comment")
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    values = machine.nemotron_config()
+    return AutoConfig.for_model(**{key: value for key, value in values.items() if key != "_comment"})
 
 
 def count_parameters(config: "PretrainedConfig", lora: "LoraConfig") -> tuple[int, int]:
@@ -182,72 +218,45 @@ def tiny_model(tokenizer: "PreTrainedTokenizerBase", seed: int = 0) -> "PreTrain
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    more = {"max_position_embeddings": 4096, "tie_word_embeddings": True}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM(LlamaConfig(**sizes, **layers, **more, **tokens))
 
 
-def _require_safetensors(path: str, revision: str) -> None:
-    """Refuse a model of pickled weights, which NeMo AutoModel would fall back to."""
-    from transformers.utils import cached_file
-
-    if Path(path).is_dir():
-        if not any(Path(path).glob("*.safetensors")):
-            raise WorkshopError(f"{path} has no safetensors file: weights in other formats are not loaded.")
-        return
-    with contextlib.suppress(OSError):  # the index of weights in several files
-        cached_file(path, "model.safetensors.index.json", revision=revision)
-        return
-    cached_file(path, "model.safetensors", revision=revision)
-
-
-def _refuse_other_weights(model: "PreTrainedModel", path: str) -> None:
-    """Refuse a folder whose weights are another architecture's: loading leaves the model's own random."""
-    from safetensors import safe_open
-
-    stored = set()
-    for file in Path(path).glob("*.safetensors"):  # a hub id has none: what is there belongs together
-        with safe_open(file, "pt") as weights:
-            stored.update(weights.keys())
-    if stored and stored.isdisjoint(model.state_dict()):
-        raise WorkshopError(
-            f"{path} holds weights of another architecture than its config.json ({model.config.model_type}): "
-            "copy the model's folder again."
-        )
+def _random_folder() -> Path:
+    """Folder of `tiny_model` with SmolLM2's tokenizer, made on first use: what profile tiny loads."""
+    folder = cache_dir() / "random_llama"
+    if not folder.is_dir():
+        tokenizer = load_tokenizer(PROFILES["laptop"])
+        with tempfile.TemporaryDirectory(dir=cache_dir(), ignore_cleanup_errors=True) as made:
+            tokenizer.save_pretrained(made)
+            tiny_model(tokenizer).save_pretrained(made)
+            with contextlib.suppress(OSError):  # another process was faster
+                os.replace(made, folder)
+    return folder
 
 
-@contextlib.contextmanager
-def _load_errors(profile: "Profile") -> Iterator[None]:
-    """Turn a failed download or a broken folder into one sentence."""
+def free_memory() -> str:
+    """Give back what nothing refers to any more, after `del model`; says in a sentence what is still held.
+
+    A model is a web of objects that refer to one another, so `gc` has to find it; then PyTorch (on a GPU)
+    and the C library (on Linux) still keep the freed memory for themselves until they are told.
+    """
+    import psutil
     import torch
-    from safetensors import SafetensorError
 
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-        if Path(profile.model).expanduser().is_dir():
-            remedy = "check that its files are whole and belong to one causal language model"
-        else:
-            remedy = (
-                "check the name and the connection to the hub, or set model in overrides to a local folder"
-            )
-        raise WorkshopError(f"Cannot load {profile.model} ({reason}): {remedy}.") from error
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another system's C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    held = f"This process holds {psutil.Process().memory_info().rss / 2**30:.2f} GiB, libraries included"
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        held += f", and {torch.cuda.memory_reserved() / 2**30:.2f} GiB on the GPU"
+    return f"{held}."
 
 
 # --- Is this folder a whole adapter of notebook 04, for this base model? Asked before anything is loaded.
@@ -264,116 +273,97 @@ def check_adapter(folder: Path, profile: "Profile") -> dict:
     Only safetensors are accepted: a pickled `adapter_model.bin` can run code when it is loaded.
 
     Raises:
-        WorkshopError: no adapter, an incomplete or damaged one, or one for another base model, data set or
-            prompt; says which and what to do.
+        WorkshopError: no adapter, half of one, or one for another base model, data set or prompt.
     """
-    if not folder.is_dir():
-        raise WorkshopError(f"There is no adapter in {folder}: {REMEDY}.")
-    names = {path.name for path in folder.iterdir()}
-    if not names:
-        raise WorkshopError(f"{folder} is empty: {REMEDY}.")
-    if WEIGHTS not in names:
-        unsafe = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")))
-        if unsafe:
-            raise WorkshopError(
-                f"{folder} holds its weights as {unsafe[0]}, a pickle that could run code when it is loaded: "
-                f"save the adapter as safetensors, or {REMEDY}."
-            )
-        raise WorkshopError(f"{folder} holds no {WEIGHTS}: {REMEDY}.")
-    _check_config(folder)
-    shapes = _check_weights(folder)
-    card = read_card(folder / CARD)
-    if card is None or not isinstance(card.get("profile"), dict):
+    if not (folder / WEIGHTS).is_file():
+        raise WorkshopError(
+            f"There is no adapter in {folder} (no {WEIGHTS}, and pickled weights are not loaded): {REMEDY}."
+        )
+    card = read_card(folder / CARD) or {}
+    trained = card.get("profile")
+    if not isinstance(trained, dict):
         raise WorkshopError(f"{folder / CARD} is missing or damaged, so the base model is unknown: {REMEDY}.")
     for key in MUST_AGREE:
-        trained = card["profile"].get(key, getattr(REFERENCE, key))  # an older card does not name all of them
+        there = trained.get(key, getattr(REFERENCE, key))  # an older card does not name all of them
         here = getattr(profile, key)
-        if trained != here:
+        if there != here:
             raise WorkshopError(
-                f"The adapter in {folder} was trained with {key} = {trained!r} and this run has {here!r}: "
+                f"The adapter in {folder} was trained with {key} = {there!r} and this run has {here!r}: "
                 "give this notebook the profile and overrides of notebook 04, or train again."
             )
-    trained = card.get("definition", {}).get("model_files", "")
-    here = model_files(profile)
-    if trained != here and min(len(trained), len(here)) >= 40:  # hashes: of a folder, or of a commit
+    there, here = card.get("definition", {}).get("model_files", ""), model_files(profile)
+    if there != here and min(len(there), len(here)) >= 40:  # hashes: of a folder, or of a commit
         raise WorkshopError(
-            f"The adapter in {folder} was trained on other weights of {profile.model} ({trained[:12]}, here "
+            f"The adapter in {folder} was trained on other weights of {profile.model} ({there[:12]}, here "
             f"{here[:12]}): set model or model_revision in overrides to those, or train again."
         )
-    damage = fault(folder) if (folder / MANIFEST).is_file() else None
-    if damage:
-        raise WorkshopError(f"The adapter in {folder} is damaged ({damage}): {REMEDY}.")
-    _check_shapes(folder, profile, shapes)
+    check_fit(folder, base_config(profile))
     return card
 
 
-def files_of(folder: Path) -> list[dict[str, object]]:
-    """Each file of an adapter's folder with its size in MB (10^6 bytes), the largest first."""
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-    ordered = sorted(sizes.items(), key=lambda item: -item[1])
-    return [{"file": name, "MB": round(size / 1e6, 3)} for name, size in ordered]
+def check_fit(folder: Path, config: "PretrainedConfig") -> None:
+    """Hold the weights in `folder` against those that PEFT would make for `config`, on the meta device.
 
+    PEFT loads half an adapter with a warning, and one of another architecture without a word: what is tuned
+    then is less than it seems, or nothing.
 
-def _check_config(folder: Path) -> None:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind = config.get("peft_type")
-    except (OSError, ValueError, AttributeError):
-        raise WorkshopError(f"{folder / CONFIG} is missing or damaged: {REMEDY}.") from None
-    if kind != "LORA":
-        raise WorkshopError(f"{folder / CONFIG} describes a {kind} adapter and LORA is needed: {REMEDY}.")
-
-
-def _check_weights(folder: Path) -> dict[str, list[int]]:
-    """Name and shape of each tensor. The file's header says how long it must be: a cut file fails here."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise WorkshopError(
-            f"{folder / WEIGHTS} is not a whole safetensors file ({reason}): {REMEDY}."
-        ) from None
-    if not any("lora_" in name for name in shapes):
-        raise WorkshopError(f"{folder / WEIGHTS} holds no LoRA weights: {REMEDY}.")
-    return shapes
-
-
-def _check_shapes(folder: Path, profile: "Profile", shapes: dict[str, list[int]]) -> None:
-    """Weights of another architecture load with a warning, or end in a traceback: hold them against those
-    that PEFT makes for this base model, on the meta device, where neither needs memory."""
+    Raises:
+        WorkshopError: a file is damaged, or a weight is missing, superfluous or of another shape.
+    """
     import torch
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
-    config = base_config(profile)
     try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's: the base model lay in another folder
-            tuned = get_peft_model(
-                AutoModelForCausalLM.from_config(config), PeftConfig.from_pretrained(folder)
-            )
+            adapter = PeftConfig.from_pretrained(folder)
+            tuned = get_peft_model(AutoModelForCausalLM.from_config(config), adapter)
         needed = {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(tuned).items()}
-    except (ValueError, TypeError, RuntimeError) as error:  # such as: no layer of that name
-        raise WorkshopError(
-            f"{folder / CONFIG} does not fit {profile.model} ({str(error).splitlines()[0][:100]}): {REMEDY}."
-        ) from None
-    other = sorted(name for name in {**needed, **shapes} if needed.get(name) != shapes.get(name))
+    except Exception as error:  # a cut file, no JSON, a layer that this model does not have, ...
+        reason = str(error).strip().splitlines()[0][:200]
+        raise WorkshopError(f"{folder} is no whole adapter for this model ({reason}): {REMEDY}.") from error
+    other = sorted(name for name in {**needed, **found} if needed.get(name) != found.get(name))
     if other:
         raise WorkshopError(
-            f"The adapter in {folder} was made for another model than {profile.model} ({other[0]} is "
-            f"{shapes.get(other[0], 'missing')} and must be {needed.get(other[0], 'absent')}): {REMEDY}."
+            f"The adapter in {folder} is half or was made for another model ({len(other)} weights misfit: "
+            f"{other[0]} is {found.get(other[0], 'missing')}, must be {needed.get(other[0], 'absent')}): "
+            f"{REMEDY}."
         )
+
+
+def model_files(profile: "Profile") -> str:
+    """What tells one model from another of the same name: a commit of the hub, or a hash of a folder.
+
+    Of each file in a folder the name, the size and 16 samples of 64 KiB are hashed: other weights differ in
+    all of them, and 16 GB need not be read.
+    """
+    folder = Path(profile.model).expanduser()
+    if profile.model in ("packaged", "random"):
+        return profile.model
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(profile.model, "config.json", revision=profile.model_revision)
+        return Path(config).parent.name if isinstance(config, str) else profile.model_revision
+    total = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        size = path.stat().st_size
+        total.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for part in range(16):
+                file.seek(size * part // 16)
+                total.update(file.read(65536))
+    return total.hexdigest()
 
 
 # --- Real runs that are kept in the repository, to be taught from where their notebooks were not run.
 #
 # Their files lie in `notebooks/precomputed/`, written by `scripts/make_precomputed.py` out of a finished
 # run. The run in its folder `case_study/` went wrong, which is what it is kept for.
-
-BLUE, ORANGE = "#0072B2", "#E69F00"
 
 
 @dataclass(frozen=True)
@@ -382,37 +372,33 @@ class KeptRun:
 
     folder: Path
 
-    @cached_property
+    @property
     def training(self) -> dict:
         """The run card of the adapter, as notebook 04 wrote it."""
-        return self._card("adapter", CARD)
+        return self._read("adapter", CARD)
 
-    @cached_property
+    @property
     def label(self) -> str:
         """Which model, data, settings, device and day: shown wherever something of this run is shown."""
-        from fiqa_helpers.profiles import Profile
-
-        profile, device = self.training["profile"], self.notebook("04")["device"]
-        names = Profile.__dataclass_fields__
-        known = Profile(**{n: profile.get(n, getattr(REFERENCE, n)) for n in names})
-        words = known.banner()
-        kept = f"{known.topical_words} words of each answer" if known.topical_words else "whole answers"
+        card, device = self.training, self.notebook("04")["device"]
+        profile, words = card["profile"], card["profile"].get("topical_words")
         where = (device["gpu"] or {}).get("name") or f"{device['cores']} cores of {device['cpu']}"
-        panel = self.training["panel"]
         return (
-            f"Precomputed run: {words.partition('): ')[2]}; {panel['step']} steps of {profile['batch_size']} "
-            f"rows, {kept}, learning rate {profile['learning_rate']:g}, on {where}, "
-            f"{self.training['written'][:10]}, torch {self.training['versions']['torch']}"
+            f"Precomputed run: SmolLM2-135M-Instruct, packaged FiQA rows, {profile['prompt']} prompt; "
+            f"{card['panel']['step']} steps of {profile['batch_size']} rows, "
+            f"{f'{words} words of each answer' if words else 'whole answers'}, learning rate "
+            f"{profile['learning_rate']:g}, on {where}, {card['written'][:10]}, "
+            f"torch {card['versions']['torch']}"
         )
 
     def notebook(self, number: str) -> dict:
         """The run card of one of its notebooks, "01" to "06"."""
-        return self._card("run_cards", f"{number}.json")
+        return self._read("run_cards", f"{number}.json")
 
-    @cached_property
+    @property
     def evaluation(self) -> dict:
         """The summary of notebook 06: comparisons and floors."""
-        return self._card("evaluation.json")
+        return self._read("evaluation.json")
 
     def history(self) -> "pd.DataFrame":
         """Losses (nats per answer token) and learning rate, one line a step."""
@@ -420,21 +406,12 @@ class KeptRun:
 
         return pd.DataFrame(self.training["panel"]["history"]).set_index("step")
 
-    def _card(self, *parts: str) -> dict:
-        card = read_card(self.folder.joinpath(*parts))
-        if card is None:
-            raise WorkshopError(
-                f"{self.folder.joinpath(*parts)} is missing or damaged: take it from the repository again."
-            )
-        return card
+    def _read(self, *parts: str) -> dict:
+        return json.loads(self.folder.joinpath(*parts).read_text(encoding="utf-8"))
 
 
 def load_kept() -> KeptRun:
-    """The precomputed run of this repository: profile laptop, evaluated on all 100 test rows.
-
-    Raises:
-        WorkshopError: later, when a file of it is asked for and missing.
-    """
+    """The precomputed run of this repository: profile laptop, evaluated on all 100 test rows."""
     return KeptRun(project_root() / "notebooks" / "precomputed")
 
 
@@ -450,11 +427,9 @@ def adapter_folder(workspace: Workspace, profile: "Profile") -> Path:
     others the folder of notebook 04 is returned although it is empty, and `check_adapter` says what to run.
     """
     own, kept = workspace.final_model, load_kept()
-    card = read_card(kept.folder / "adapter" / CARD)
-    if own.exists() or card is None:
-        return own
-    kept_profile = asdict(REFERENCE) | card["profile"]
-    if any(kept_profile[key] != getattr(profile, key) for key in MUST_AGREE):
+    trained = kept.training["profile"]
+    fits = all(trained.get(key, getattr(REFERENCE, key)) == getattr(profile, key) for key in MUST_AGREE)
+    if own.exists() or not fits:
         return own
     print(f"Notebook 04 was not run in this workdir, so this is not your adapter.\n{kept.label}.")
     return kept.folder / "adapter"
@@ -465,14 +440,15 @@ def draw_losses(kept: KeptRun, own: "pd.DataFrame | None" = None) -> tuple["Figu
     from matplotlib.figure import Figure
 
     history = kept.history()
+    validation = history["eval_loss"].dropna()
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(history["loss"].dropna(), ".", color=BLUE, alpha=0.4, label="precomputed: training")
-    validation = history["eval_loss"].dropna()
-    axes.plot(validation, "--D", color=ORANGE, ms=5, label="precomputed: validation")
+    axes.plot(history["loss"].dropna(), ".", color="#0072B2", alpha=0.4, label="precomputed: training")
+    axes.plot(validation, "--D", color="#E69F00", ms=5, label="precomputed: validation")
     alt = f"Validation loss of the precomputed run: {validation.iloc[0]:.3f} at step {validation.index[0]}, "
     alt += f"lowest {validation.min():.3f} at step {validation.idxmin()}, last {validation.iloc[-1]:.3f}."
-    if own is not None and len(mine := own["eval_loss"].dropna()):
+    if own is not None:
+        mine = own["eval_loss"].dropna()
         axes.plot(mine, "-s", color="black", ms=5, label="your run: validation")
         alt += f" Yours: {mine.iloc[0]:.3f}, then {mine.min():.3f}."
     axes.set(xlabel="optimizer step", ylabel="loss, nats per answer token")

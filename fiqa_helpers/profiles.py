@@ -1,161 +1,67 @@
 """Profiles: one name that sets model, data, precision, batch layout and length of a run; overrides."""
 
-import contextlib
 import difflib
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
+from typing import Annotated, Any, Literal
 
-from fiqa_helpers.base import WorkshopError, a_type, shown
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from fiqa_helpers.base import WorkshopError, shown
+from fiqa_helpers.machinery import machine
 from fiqa_helpers.machinery.machine import NEMOTRON
 
-# --- The parameter `overrides`: a YAML mapping, checked against names, types and ranges before anything
-# runs.
 
-CHOICES = {
-    "device": ("cpu", "cuda"),
-    "dtype": ("float32", "bfloat16"),
-    "layout": ("padded", "packed"),
-    "prompt": ("plain", "chat"),
-    "training": ("reference", "topical"),
-}
-RANGES = {
-    "max_length": (16, 131_072),
-    "tokens_per_batch": (16, 1_048_576),
-    "batch_size": (1, 4096),
-    "learning_rate": (0.0, 1.0),
-    "epochs": (1, 1000),
-    "max_steps": (-1, 10_000_000),
-    "warmup_ratio": (0.0, 1.0),
-    "lora_rank": (1, 1024),
-    "lora_alpha": (1, 4096),
-    "lora_dropout": (0.0, 0.9),
-    "topical_words": (0, 100_000),
-    "train_rows": (-1, 100_000_000),
-    "eval_rows": (-1, 100_000_000),
-    "eval_steps": (1, 1_000_000),
-    "sample_steps": (1, 1_000_000),
-    "max_new_tokens": (1, 8192),
-    "seed": (0, 2**32 - 1),
-}
+def _number(value: object) -> object:
+    """YAML 1.1 reads 1e-4 (no dot) as text."""
+    return float(value) if isinstance(value, str) else value
 
 
-TARGETS = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-)  # Llama's linear layers
-LONGEST = 10_000  # characters; nobody writes more by hand
+# Kinds of settings. They are strict: a number is no text, `true` is no number, 20.0 is no count.
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+AllOr = Literal[-1] | Count  # -1 is all
+Number = Annotated[float, BeforeValidator(_number)]
+Layer = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Layers = Annotated[tuple[Layer, ...], Field(min_length=1, strict=False)]  # YAML has lists
 
 
-def parse_overrides(text: str, kinds: dict[str, type]) -> dict[str, object]:
-    """The YAML mapping `text`, its values held against `kinds` (name -> type) and the ranges above.
-
-    Raises:
-        WorkshopError: not a mapping, a name that is not in `kinds`, or a value of the wrong type or size.
-    """
-    checked = {}
-    for key, value in _mapping(text).items():
-        if key not in kinds:
-            near = difflib.get_close_matches(str(key).lower(), kinds, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(kinds)}."
-            raise WorkshopError(f"overrides names {shown(key)}, which no profile has: {hint}")
-        checked[key] = _targets(value) if key == "lora_targets" else _value(key, value, kinds[key])
-    return checked
-
-
-def _mapping(text: str) -> dict:
-    """What the YAML says, with every key given once."""
-    import yaml
-
-    values, names = "unreadable", []
-    with contextlib.suppress(Exception):  # PyYAML lets ValueError, IndexError and RecursionError through
-        if len(text) <= LONGEST:
-            values = yaml.safe_load(text)
-            names = [key.value for key, _ in yaml.compose(text).value] if values else []
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise WorkshopError(f"overrides is {shown(text)}: write a YAML mapping such as {{max_steps: 20}}.")
-    for name in names:
-        if names.count(name) > 1:
-            raise WorkshopError(f"overrides gives {name} twice: keep one of the two.")
-    return values
-
-
-def _targets(value: object) -> tuple[str, ...]:
-    """The names of the layers that get an adapter."""
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise WorkshopError(f"lora_targets is {shown(value)}: write a list such as [q_proj, v_proj].")
-    for name in names:
-        if name not in TARGETS:
-            raise WorkshopError(f"lora_targets names {shown(name)}: known are {', '.join(TARGETS)}.")
-    return tuple(names)
-
-
-def _value(key: str, value: object, kind: type) -> object:
-    """One override in its type, or a sentence saying what it should be."""
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 (no dot) as text
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    right = isinstance(value, (int, float) if kind is float else kind)
-    if not right or (isinstance(value, bool) and kind is not bool):
-        raise WorkshopError(f"{key} is {shown(value)}, {a_type(type(value))}: it must be {a_type(kind)}.")
-    if key in CHOICES and value not in CHOICES[key]:
-        raise WorkshopError(f"{key} is {shown(value)}: choose one of {', '.join(CHOICES[key])}.")
-    low, high = RANGES.get(key, (None, None))
-    if low is not None and not low <= value <= high:  # also refuses nan
-        raise WorkshopError(f"{key} is {shown(value)}: it must lie between {low} and {high}.")
-    if key in ("max_steps", "train_rows", "eval_rows") and value == 0:
-        raise WorkshopError(f"{key} is 0: use a positive number, or -1 for all.")
-    if key == "learning_rate" and value == 0:
-        raise WorkshopError("learning_rate is 0: nothing would be learned; the reference value is 2e-4.")
-    if value == "":
-        raise WorkshopError(f"{key} is empty: leave it out of overrides to keep the profile's value.")
-    if isinstance(value, str) and not value.isprintable():
-        raise WorkshopError(f"{key} is {shown(value)}: it holds characters that cannot be printed.")
-    return float(value) if kind is float else value
-
-
-# --- Profiles: one name that sets model, data, precision, batch layout and length of a run for a machine.
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Profile:
-    """Everything that decides what a run computes. Lengths are in tokens, memory in GiB."""
+    """Everything that decides what a run computes; the defaults are the reference recipe. Lengths in tokens.
 
-    name: str
-    title: str
-    model: str  # hub id, folder, "packaged" (SmolLM2 from the package index) or "random" (tests)
-    model_revision: str  # hub revision: a branch, tag or commit hash
-    data: str  # "hub", "packaged" or a folder of split files
-    device: str  # "cpu" or "cuda"
-    dtype: str  # "float32" or "bfloat16": the base model's weights and the forward pass
-    layout: str  # "padded": rows side by side; "packed": rows end to end, attention kept inside each
-    max_length: int  # tokens of a row, prompt and answer together; longer rows are cut
-    tokens_per_batch: int  # token budget of one forward pass
-    batch_size: int  # rows of one optimizer step
-    learning_rate: float  # peak of AdamW's schedule
-    epochs: int  # passes over the training rows, unless max_steps ends the run earlier
-    max_steps: int  # optimizer steps; -1 means all of the epochs
-    warmup_ratio: float  # part of the steps in which the learning rate rises
-    lora_rank: int
-    lora_alpha: int
-    lora_dropout: float
-    lora_targets: tuple[str, ...]
-    gradient_checkpointing: bool
-    training: str  # "reference": answers as they are; "topical": their sentences on the question
-    topical_words: int  # with topical: how many words of each training answer are kept; 0 is all
-    train_rows: int  # rows used for training; -1 means all
-    eval_rows: int  # validation rows; -1 means all
-    eval_steps: int  # optimizer steps between evaluations (and checkpoints)
-    sample_steps: int  # optimizer steps between sample answers
-    max_new_tokens: int  # longest generated answer
-    prompt: str  # "plain" or "chat"
-    seed: int
+    pydantic checks names, types and ranges wherever one is made, also by `dataclasses.replace`.
+    """
+
+    name: str = "reference"
+    title: str = "the reference recipe"
+    model: Text = NEMOTRON  # hub id, folder, "packaged" (SmolLM2 from the package index) or "random" (tests)
+    model_revision: Text = "main"  # hub revision: a branch, tag or commit hash
+    data: Text = "hub"  # "hub", "packaged", a folder of split files or a single file
+    device: Literal["cpu", "cuda"] = "cuda"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # the base model's weights and the forward pass
+    layout: Literal["padded", "packed"] = "padded"  # rows side by side; or end to end, attention inside each
+    max_length: int = Field(2048, ge=16)  # of a row, prompt and answer; longer rows are cut
+    tokens_per_batch: int = Field(8192, ge=16)  # token budget of one forward pass
+    batch_size: int = Field(16, ge=1, le=4096)  # rows of one optimizer step
+    learning_rate: Number = Field(2e-4, gt=0, le=1)  # peak of AdamW's schedule
+    epochs: Count = 3  # passes over the training rows, unless max_steps ends the run earlier
+    max_steps: AllOr = -1  # optimizer steps; -1 means all of the epochs
+    warmup_ratio: Number = Field(0.1, ge=0, le=1)  # part of the steps in which the learning rate rises
+    lora_rank: int = Field(8, ge=1, le=1024)
+    lora_alpha: int = Field(32, ge=1, le=4096)
+    lora_dropout: Number = Field(0.05, ge=0, le=0.9)
+    lora_targets: Layers = ("q_proj", "k_proj", "v_proj", "o_proj")
+    gradient_checkpointing: bool = True
+    training: Literal["reference", "topical"] = "reference"  # whole answers, or sentences on the question
+    topical_words: int = Field(0, ge=0)  # with topical: words of each training answer that are kept
+    train_rows: AllOr = -1  # rows used for training
+    eval_rows: AllOr = -1  # validation rows
+    eval_steps: Count = 50  # optimizer steps between evaluations (and checkpoints)
+    sample_steps: Count = 100  # optimizer steps between sample answers
+    max_new_tokens: int = Field(256, ge=1, le=8192)  # longest generated answer
+    prompt: Literal["plain", "chat"] = "plain"
+    seed: int = Field(42, ge=0, lt=2**32)
 
     def banner(self) -> str:
         """One line that keeps a laptop's figure from being read as an 8B one."""
@@ -164,40 +70,9 @@ class Profile:
         return f"Profile {self.name} ({self.title}): {model}, {self.dtype} on {self.device}, {data}"
 
 
-REFERENCE = Profile(
-    name="reference",
-    title="the reference recipe",
-    model=NEMOTRON,
-    model_revision="main",
-    data="hub",
-    device="cuda",
-    dtype="bfloat16",
-    layout="padded",
-    max_length=2048,
-    tokens_per_batch=8192,
-    batch_size=16,
-    learning_rate=2e-4,
-    epochs=3,
-    max_steps=-1,
-    warmup_ratio=0.1,
-    lora_rank=8,
-    lora_alpha=32,
-    lora_dropout=0.05,
-    lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"),
-    gradient_checkpointing=True,
-    training="reference",
-    topical_words=0,
-    train_rows=-1,
-    eval_rows=-1,
-    eval_steps=50,
-    sample_steps=100,
-    max_new_tokens=256,
-    prompt="plain",
-    seed=42,
-)
-
-_LAPTOP = replace(
-    REFERENCE,
+SETTINGS = [field.name for field in fields(Profile) if field.name not in ("name", "title")]
+REFERENCE = Profile()
+LAPTOP = Profile(
     name="laptop",
     title="2 CPU cores, no GPU",
     model="packaged",
@@ -219,41 +94,32 @@ _LAPTOP = replace(
     sample_steps=12,
     max_new_tokens=128,
 )
-_GPU80 = replace(
-    REFERENCE, name="gpu80", title="one 80 GB GPU", layout="packed", gradient_checkpointing=False
+TINY = replace(
+    LAPTOP,
+    name="tiny",
+    title="random weights, for tests only",
+    model="random",
+    training="reference",
+    topical_words=0,
+    max_length=128,
+    tokens_per_batch=512,
+    batch_size=4,
+    max_steps=4,
+    train_rows=24,
+    eval_rows=4,
+    eval_steps=2,
+    sample_steps=2,
+    max_new_tokens=8,
 )
-
-PROFILES = {
-    "laptop": _LAPTOP,
-    "gpu24": replace(_GPU80, name="gpu24", title="one 24 GB GPU", gradient_checkpointing=True),
-    "gpu80": _GPU80,
-    "tiny": replace(
-        _LAPTOP,
-        name="tiny",
-        title="random weights, for tests only",
-        model="random",
-        training="reference",
-        topical_words=0,
-        max_length=128,
-        tokens_per_batch=512,
-        batch_size=4,
-        max_steps=4,
-        train_rows=24,
-        eval_rows=4,
-        eval_steps=2,
-        sample_steps=2,
-        max_new_tokens=8,
-    ),
-}
-
-# The words that `training` stands for; a number in `overrides` goes before it.
-TRAININGS = {"reference": {"topical_words": 0}, "topical": {"topical_words": 100}}
+GPU24 = Profile(name="gpu24", title="one 24 GB GPU", layout="packed")
+GPU80 = replace(GPU24, name="gpu80", title="one 80 GB GPU", gradient_checkpointing=False)
+PROFILES = {profile.name: profile for profile in (LAPTOP, GPU24, GPU80, TINY)}
 
 # What a notebook and the one before it, or an adapter and the run that uses it, have in common: otherwise two
 # different things are compared.
 MUST_AGREE = ("model", "model_revision", "data", "prompt", "training", "topical_words")
 
-MEMORY_NEEDED = {"gpu24": 21, "gpu80": 60}  # GiB free on the card for profile auto to choose it
+MEMORY_NEEDED = {"gpu80": 60, "gpu24": 21}  # GiB free on the card for profile auto to choose it
 
 
 def load_profile(profile: str = "auto", overrides: str = "") -> Profile:
@@ -266,24 +132,21 @@ def load_profile(profile: str = "auto", overrides: str = "") -> Profile:
         WorkshopError: unknown profile, unknown or impossible override, or a machine that cannot run it.
     """
     chosen = planned_profile(profile, overrides)
-    _refuse_if_impossible(chosen)
+    if chosen.device == "cuda":
+        _refuse_if_impossible(chosen)
     return chosen
 
 
 def planned_profile(profile: str = "auto", overrides: str = "") -> Profile:
     """`load_profile` for a run that will be elsewhere: whether this machine can make it is not asked."""
-    if profile == "auto":
-        profile, reason = choose_profile()
-        print(f"Profile auto chose {profile}: {reason}.")
-    if profile not in PROFILES:
-        raise WorkshopError(f"profile is {shown(profile)}: choose one of auto, {', '.join(PROFILES)}.")
-    kinds = {field.name: field.type for field in fields(Profile) if field.name not in ("name", "title")}
-    wanted = parse_overrides(overrides, kinds)
-    if "training" in wanted:
-        wanted = TRAININGS[wanted["training"]] | wanted
-    elif "topical_words" in wanted:
-        wanted["training"] = "topical" if wanted["topical_words"] else "reference"
-    chosen = replace(PROFILES[profile], **wanted)
+    wanted = _mapping(overrides)
+    try:
+        chosen = replace(PROFILES[profile_name(profile)], **wanted)
+    except ValidationError as error:
+        first, *others = error.errors()
+        name = first["loc"][0]
+        said = " or ".join([first["msg"], *(other["msg"] for other in others if other["loc"][0] == name)])
+        raise WorkshopError(f"{name} is {shown(first['input'])}: {said}.") from None
     if (chosen.training == "topical") != (chosen.topical_words > 0):
         raise WorkshopError(
             f"training is {chosen.training} and topical_words {chosen.topical_words}: set one of the two."
@@ -296,60 +159,80 @@ def planned_profile(profile: str = "auto", overrides: str = "") -> Profile:
     return chosen
 
 
+def profile_name(profile: str) -> str:
+    """The name of a profile that there is; `auto` is resolved, and its reason printed."""
+    if profile == "auto":
+        profile, reason = choose_profile()
+        print(f"Profile auto chose {profile}: {reason}.")
+    if profile not in PROFILES:
+        raise WorkshopError(f"profile is {shown(profile)}: choose one of auto, {', '.join(PROFILES)}.")
+    return profile
+
+
+def _mapping(overrides: str) -> dict[str, Any]:
+    """The settings that `overrides` names; of training and topical_words, one brings the other along."""
+    import yaml
+
+    try:
+        wanted = yaml.safe_load(overrides) or {}
+    except Exception:  # PyYAML lets ValueError, IndexError and RecursionError through
+        wanted = None
+    if not isinstance(wanted, dict):
+        raise WorkshopError(f"overrides is {shown(overrides)}: write a mapping such as {{max_steps: 20}}.")
+    for key in wanted:
+        if key not in SETTINGS:
+            near = difflib.get_close_matches(str(key).lower(), SETTINGS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(SETTINGS)}."
+            raise WorkshopError(f"overrides names {shown(key)}, which no profile has: {hint}")
+    if "training" in wanted:
+        return {"topical_words": 100 if wanted["training"] == "topical" else 0} | wanted
+    if "topical_words" in wanted:
+        return {"training": "topical" if wanted["topical_words"] else "reference"} | wanted
+    return wanted
+
+
+def from_card(settings: dict[str, Any]) -> Profile:
+    """The profile that a run card holds, also one of an older version: what it lacks is the reference's."""
+    return Profile(**{name: settings[name] for name in Profile.__dataclass_fields__ if name in settings})
+
+
 def choose_profile() -> tuple[str, str]:
     """(name, reason) of the largest profile that this machine can run."""
-    from fiqa_helpers.machinery import machine
-
     gpu = machine.gpu()
+    if why := _unfit(gpu, "bfloat16"):
+        return "laptop", why
+    for name, needed in MEMORY_NEEDED.items():
+        free = f"{gpu.name} has {gpu.free_gib:.0f} GiB free, {needed} are needed"
+        if gpu.free_gib >= needed:
+            return name, free
+    return "laptop", f"{free} for {name}"
+
+
+def _unfit(gpu: machine.Gpu | None, dtype: str) -> str:
+    """Why nothing can be computed in `dtype` on `gpu`; empty when it can."""
     if gpu is None:
-        return "laptop", "no NVIDIA GPU was found"
+        return "no NVIDIA GPU was found"
     if gpu.problem:
-        return "laptop", f"{gpu.name} cannot be used: {gpu.problem}"
-    if not gpu.bf16:
-        return "laptop", f"{gpu.name} does not compute in bf16, which the GPU profiles need"
-    for name in ("gpu80", "gpu24"):
-        if gpu.free_gib >= MEMORY_NEEDED[name]:
-            return name, f"{gpu.name} has {gpu.free_gib:.0f} GiB free, {MEMORY_NEEDED[name]} are needed"
-    return (
-        "laptop",
-        f"{gpu.name} has {gpu.free_gib:.0f} GiB free, {MEMORY_NEEDED['gpu24']} are needed for gpu24",
-    )
+        return f"{gpu.name} cannot be used: {gpu.problem}"
+    if dtype == "bfloat16" and not gpu.bf16:
+        return f"{gpu.name} does not compute in bf16"
+    return ""
+
+
+def _refuse_if_impossible(profile: Profile) -> None:
+    """A run that this machine's GPU cannot make stops here, with the remedy, before any download."""
+    gpu, config = machine.gpu(), machine.config_of(profile)
+    problem = _unfit(gpu, profile.dtype)
+    if config and not problem:
+        problem = machine.memory_advice(profile, config, gpu.free_gib * machine.GIB)
+    if problem:
+        raise WorkshopError(f"Profile {profile.name} cannot run here: {problem}. Profile laptop can.")
 
 
 def differences(profile: Profile) -> list[dict[str, object]]:
     """Each setting of `profile` that differs from the reference run: rows of setting, reference, here."""
-    skip = {"name", "title", "model_revision"}
     return [
-        {
-            "setting": field.name,
-            "reference": getattr(REFERENCE, field.name),
-            "here": getattr(profile, field.name),
-        }
-        for field in fields(Profile)
-        if field.name not in skip and getattr(profile, field.name) != getattr(REFERENCE, field.name)
+        {"setting": name, "reference": getattr(REFERENCE, name), "here": getattr(profile, name)}
+        for name in SETTINGS
+        if name != "model_revision" and getattr(profile, name) != getattr(REFERENCE, name)
     ]
-
-
-def _refuse_if_impossible(profile: Profile) -> None:
-    """A run that this machine cannot make stops here, with the remedy, before anything is downloaded."""
-    if profile.device != "cuda":
-        return
-    from fiqa_helpers.machinery import machine
-
-    gpu = machine.gpu()
-    if gpu is None:
-        raise WorkshopError(
-            f"Profile {profile.name} needs an NVIDIA GPU and none was found: "
-            "use profile laptop, or a machine with one."
-        )
-    if gpu.problem:
-        raise WorkshopError(f"Profile {profile.name} cannot use {gpu.name}: {gpu.problem}")
-    if profile.dtype == "bfloat16" and not gpu.bf16:
-        raise WorkshopError(
-            f"{gpu.name} does not compute in bf16: "
-            "use a GPU of the Ampere generation or newer, or profile laptop."
-        )
-    config = machine.config_of(profile)
-    problem = machine.memory_advice(profile, config, gpu.free_gib * machine.GIB) if config else ""
-    if problem:
-        raise WorkshopError(f"On {gpu.name} {problem}, or end what else uses the card.")

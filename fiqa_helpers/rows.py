@@ -31,26 +31,17 @@ def build_prompt(
     first token. `chat` is the tokenizer's own chat template, up to where the assistant begins to speak. A
     Nemotron system turn switches its reasoning and holds nothing else, so instructions go into the user
     turn there (model card of Llama-3.1-Nemotron-Nano-8B-v1).
-    """
-    from jinja2 import TemplateError
 
+    Raises:
+        ValueError: `chat` with a tokenizer that has no chat template (transformers says so).
+    """
     if style == "plain":
         return f"{SYSTEM_TEXT}\n\nQuestion: {question}\n\nAnswer:"
-    if tokenizer is None or not tokenizer.chat_template:
-        raise WorkshopError("prompt is 'chat' and this tokenizer has no chat template: use prompt plain.")
-    if "detailed thinking" in tokenizer.chat_template or "Nemotron" in str(tokenizer.name_or_path):
-        turns = [
-            {"role": "system", "content": "detailed thinking off"},
-            {"role": "user", "content": f"{SYSTEM_TEXT}\n\n{question}"},
-        ]
-    else:
-        turns = [{"role": "system", "content": SYSTEM_TEXT}, {"role": "user", "content": question}]
-    try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:  # a template may refuse a system turn, for one
-        raise WorkshopError(
-            f"The chat template of this tokenizer fails ({error}): use prompt plain."
-        ) from None
+    system, user = SYSTEM_TEXT, question
+    if "detailed thinking" in (tokenizer.chat_template or "") or "Nemotron" in str(tokenizer.name_or_path):
+        system, user = "detailed thinking off", f"{SYSTEM_TEXT}\n\n{question}"
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
 def encode_prompt(question: str, tokenizer: "PreTrainedTokenizerBase", style: str = "plain") -> list[int]:
@@ -60,7 +51,7 @@ def encode_prompt(question: str, tokenizer: "PreTrainedTokenizerBase", style: st
     end token is spelled out in ordinary tokens.
 
     Raises:
-        WorkshopError: `question` is not text, or the chat template cannot be used.
+        WorkshopError: the chat template leaves the question out, or writes it twice.
     """
     if style == "plain":
         ids = _spelled(build_prompt(question, style), tokenizer)
@@ -68,8 +59,7 @@ def encode_prompt(question: str, tokenizer: "PreTrainedTokenizerBase", style: st
         parts = build_prompt(_SLOT, style, tokenizer).split(_SLOT)
         if len(parts) != 2:
             raise WorkshopError(
-                f"The chat template of this tokenizer writes the user turn {len(parts) - 1} times, not once: "
-                "use prompt plain."
+                f"The tokenizer's chat template writes the question {len(parts) - 1} times: use prompt plain."
             )
         before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
         ids = [*before, *_spelled(question, tokenizer), *after]
@@ -92,30 +82,22 @@ def encode(
     row that is too long loses the end of its answer, and with it the end token.
 
     Raises:
-        WorkshopError: the prompt alone fills the row, so that nothing would be trained, or a text is no text.
+        WorkshopError: the prompt alone fills the row, so that nothing would be trained.
     """
     prompt = encode_prompt(question, tokenizer, style)
-    space = " " if style == "plain" else ""
-    text = _spelled(space + answer.strip(), tokenizer)
     if len(prompt) >= max_length:
         raise WorkshopError(
             f"The prompt of {question[:60]!r} has {len(prompt)} tokens and max_length is {max_length}: "
             "raise max_length or drop the row."
         )
+    space = " " if style == "plain" else ""
+    text = _spelled(space + answer.strip(), tokenizer)
     ids = [*prompt, *text, tokenizer.eos_token_id][:max_length]
     return {"input_ids": ids, "labels": [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]}
 
 
 def _spelled(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Ids of a text from a person or a file: whatever looks like a special token in it is ordinary text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        start = max(0, error.start - 20)
-        raise WorkshopError(
-            f"The text {text[start : error.end + 20]!r} holds half of a surrogate pair, which no tokenizer "
-            "reads: remove it."
-        ) from None
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
@@ -129,7 +111,7 @@ def encode_rows(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", profile: 
     return rows.map(encoded, remove_columns=rows.column_names, load_from_cache_file=False, desc="tokenizing")
 
 
-# --- One optimizer step's rows, cut into forward passes: padded side by side, or packed end to end.
+# --- One optimizer step's rows, cut into forward passes (micro-batches): padded side by side, or packed.
 
 Row = dict[str, list[int]]  # input_ids and labels of one row, equally long
 
@@ -144,42 +126,42 @@ def split_rows(rows: Sequence[Row], tokens_per_batch: int, layout: str) -> list[
     Raises:
         WorkshopError: one row alone is longer than the budget.
     """
-    by_length = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
-    if by_length and len(by_length[0]["input_ids"]) > tokens_per_batch:
-        raise WorkshopError(
-            f"A row has {len(by_length[0]['input_ids'])} tokens and tokens_per_batch is {tokens_per_batch}: "
-            "raise tokens_per_batch or lower max_length."
-        )
     groups: list[list[Row]] = []
-    used: list[int] = []
-    for row in by_length:
-        length = len(row["input_ids"])
-        if layout == "padded":
-            fits = groups and (len(groups[-1]) + 1) * len(groups[-1][0]["input_ids"]) <= tokens_per_batch
-            place = len(groups) - 1 if fits else None
-        else:
-            place = next((i for i, n in enumerate(used) if n + length <= tokens_per_batch), None)
-        if place is None:
+    for row in sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True):
+        if len(row["input_ids"]) > tokens_per_batch:
+            raise WorkshopError(
+                f"A row has {len(row['input_ids'])} tokens and tokens_per_batch is {tokens_per_batch}: "
+                "raise tokens_per_batch or lower max_length."
+            )
+        open_groups = groups if layout == "packed" else groups[-1:]
+        fits = (group for group in open_groups if _computed([*group, row], layout) <= tokens_per_batch)
+        group = next(fits, None)
+        if group is None:
             groups.append([row])
-            used.append(length)
         else:
-            groups[place].append(row)
-            used[place] += length
+            group.append(row)
     return groups
+
+
+def _computed(group: list[Row], layout: str) -> int:
+    """Tokens that one forward pass over `group` computes; its longest row comes first."""
+    if layout == "packed":
+        return sum(len(row["input_ids"]) for row in group)
+    return len(group) * len(group[0]["input_ids"])
 
 
 def pad_rows(rows: Sequence[Row], pad_token_id: int) -> dict[str, "torch.Tensor"]:
     """A micro-batch of shape (rows, longest row), padded on the right; padding is not seen or trained."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    width = max(len(row["input_ids"]) for row in rows)
+    def padded(values: list[list[int]], filler: int) -> torch.Tensor:
+        return pad_sequence(list(map(torch.tensor, values)), batch_first=True, padding_value=filler)
 
-    def padded(values: Sequence[list[int]], filler: int) -> torch.Tensor:
-        return torch.tensor([[*value, *[filler] * (width - len(value))] for value in values])
-
+    ids = [row["input_ids"] for row in rows]
     return {
-        "input_ids": padded([row["input_ids"] for row in rows], pad_token_id),
-        "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+        "input_ids": padded(ids, pad_token_id),
+        "attention_mask": padded([[1] * len(row) for row in ids], 0),
         "labels": padded([row["labels"] for row in rows], IGNORE_INDEX),
     }
 

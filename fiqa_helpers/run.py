@@ -1,4 +1,4 @@
-"""How a notebook begins, what it hands on to the next one, and a line of progress for work of many parts."""
+"""How a notebook begins and ends: parameters checked, settings that travel, noise quieted, a run card."""
 
 import contextlib
 import difflib
@@ -17,7 +17,6 @@ from pathlib import Path
 from fiqa_helpers.base import (
     WorkshopError,
     Workspace,
-    a_type,
     disk_errors,
     install_notebook_handler,
     is_interactive,
@@ -25,53 +24,52 @@ from fiqa_helpers.base import (
     shown,
     write_card,
 )
-from fiqa_helpers.profiles import MUST_AGREE, REFERENCE, Profile, load_profile
+from fiqa_helpers.machinery import machine
+from fiqa_helpers.profiles import MUST_AGREE, REFERENCE, Profile, load_profile, profile_name
 
-# --- The first and the last call of every notebook: parameters checked, noise quieted, run card written.
+_NAMES = "00_start_here 01_explore_fiqa 02_format_prompts 03_set_up_lora 04_train 05_generate 06_evaluate"
+NOTEBOOKS = {name[:2]: name for name in [*_NAMES.split(), "07_scale_out"]}
 
-NOTEBOOKS = {
-    "00": "00_start_here",
-    "01": "01_explore_fiqa",
-    "02": "02_format_prompts",
-    "03": "03_set_up_lora",
-    "04": "04_train",
-    "05": "05_generate",
-    "06": "06_evaluate",
-    "07": "07_scale_out",
-}
-
-RANGES = {  # of the notebooks' own parameters; those of a profile are in profiles.py
-    "example": (-1, 100_000_000),
-    "rows_per_batch": (1, 4096),
-    "n_questions": (1, 100),
-    "first_row": (0, 100_000_000),
-    "temperature": (0.0, 10.0),
-    "sampling_seed": (0, 2**32 - 1),
-    "rows": (0, 100_000_000),
-    "no_repeat_ngram_size": (0, 1000),
-    "recipe_steps": (-1, 1_000_000),
-    "processes": (1, 4096),
-}
-CHOICES = {"on_existing": ("resume", "fresh"), "tracker": ("tensorboard", "wandb", "mlflow")}
+# Smallest value of parameters that Python would take and understand otherwise: rows[:-1] are all but one.
+LOWEST = {"example": -1, "first_row": 0, "rows": 0, "rows_per_batch": 1, "n_questions": 1, "processes": 1}
 
 
 def start(namespace: dict, number: str) -> "Run":
     """Begin notebook `number` ("04"): call it once, with `globals()`, right after the parameters cell.
 
+    If the parameter `overrides` is empty, the run card of the notebook before gives them.
+
     Raises:
-        WorkshopError: a parameter of the wrong type, out of range or misspelt, or an impossible profile.
+        WorkshopError: a parameter of the wrong type or misspelt, an impossible profile, or asserts skipped.
     """
     # Threads that wait for each other go to sleep. The default, waiting busily, made generation ten times
     # slower on two cores that other programs use too. Read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     install_notebook_handler()
     quiet()
+    if not __debug__:
+        raise WorkshopError(
+            "PYTHONOPTIMIZE (or -O) skips every check of this notebook: unset it and restart."
+        )
     parameters = check_parameters(namespace)
-    profile = load_profile(parameters["profile"], parameters["overrides"])
-    run = Run(number, parameters, profile, Workspace(parameters["workdir"]))
-    run.workspace.run_cards  # noqa: B018  made now: a folder that can't be written should not end a long run
+    workspace = Workspace(parameters["workdir"])
+    name = profile_name(parameters["profile"])
+    if not parameters["overrides"].strip():
+        parameters["overrides"] = travelled(number, name, workspace)
+    profile = load_profile(name, parameters["overrides"])
     print(profile.banner())
-    return run
+    return Run(number, parameters, profile, workspace)
+
+
+def travelled(number: str, profile: str, workspace: Workspace) -> str:
+    """The overrides of the last notebook before `number` that was run here with `profile`; says so."""
+    cards = [read_card(workspace.run_cards / f"{before}.json") for before in NOTEBOOKS if before < number]
+    match [card for card in cards if card][-1:]:
+        case [{"profile": {"name": name}, "parameters": {"overrides": str(found)}, "notebook": before}]:
+            if name == profile and found.strip(" {}"):
+                print(f'overrides = "{found}", as in notebook {before}; set it to "{{}}" for none.')
+                return found
+    return ""
 
 
 @dataclass
@@ -90,8 +88,8 @@ class Run:
         Raises:
             WorkshopError: it was not run in this workspace, or with another model, data, prompt or training.
         """
-        card = read_card(self._card_path(number))
-        there = card.get("profile") if card else None
+        card = read_card(self.workspace.run_cards / f"{number}.json") or {}
+        there = card.get("profile")
         if not isinstance(there, dict):
             raise WorkshopError(
                 f"Notebook {NOTEBOOKS[number]} has not been run in {self.workspace.root}: run it first."
@@ -115,32 +113,25 @@ class Run:
 
     def finish(self, figure: str, files: list[Path] | None = None, **facts: object) -> None:
         """Write the run card: `figure` is the main result in a few words, `facts` its numbers."""
-        from fiqa_helpers.machinery import machine
-
-        path = self._card_path(self.number)
+        path = self.workspace.run_cards / f"{self.number}.json"
+        minutes, peak = (time.time() - self.started) / 60, machine.peak_memory_gib()
         with disk_errors(path.parent, "set the parameter workdir to another folder"):
-            card = write_card(
+            write_card(
                 path,
                 notebook=NOTEBOOKS[self.number],
                 parameters=self.parameters,
                 profile=asdict(self.profile),
                 device=machine.describe(),
                 started=self.started,
-                seconds=round(time.time() - self.started, 1),
-                peak_memory_gib=machine.peak_memory_gib(),
+                seconds=round(60 * minutes, 1),
+                peak_memory_gib=peak,
                 figure=figure,
                 files=[self.workspace.shown(file) for file in files or []],
                 facts=facts,
             )
         print(f"{self.profile.banner()}\n{figure}")
-        print(
-            f"Notebook {self.number} took {card['seconds'] / 60:.1f} minutes and at most "
-            f"{card['peak_memory_gib']:.1f} GiB; its run card is "
-            f"{self.workspace.shown(path)}."
-        )
-
-    def _card_path(self, number: str) -> Path:
-        return self.workspace.run_cards / f"{number}.json"
+        print(f"Notebook {self.number} took {minutes:.1f} minutes and at most {peak:.1f} GiB;", end=" ")
+        print(f"its run card is {self.workspace.shown(path)}.")
 
 
 def check_parameters(namespace: dict) -> dict:
@@ -153,46 +144,34 @@ def check_parameters(namespace: dict) -> dict:
         WorkshopError: naming the parameter, what it is and what it must be.
     """
     kinds = dict(namespace.get("__annotations__", {}))
-    for source in namespace.get("In", []):
-        if not source.startswith("# Parameters\n"):  # papermill's mark on the cell it injects
-            continue
-        for name in re.findall(r"^(\w+) = ", source, re.MULTILINE):
-            if name not in kinds:
-                near = difflib.get_close_matches(name.lower(), kinds, n=1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
-                raise WorkshopError(
-                    f"There is no parameter {name}{hint}: this notebook has {', '.join(kinds)}."
-                )
+    injected = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]  # by papermill
+    for name in re.findall(r"^(\w+) = ", "\n".join(injected), re.MULTILINE):
+        if name not in kinds:
+            near = difflib.get_close_matches(name.lower(), kinds, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"this notebook has {', '.join(kinds)}."
+            raise WorkshopError(f"There is no parameter {name}: {hint}")
     for name, kind in kinds.items():
         value = namespace[name]
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise WorkshopError(
-                f"Parameter {name} is {shown(value)}, {a_type(type(value))}: it must be {a_type(kind)}"
-                + (", so pass it with papermill -y or -f, not -p." if isinstance(value, str) else ".")
-            )
-        low, high = RANGES.get(name, (None, None))
-        if low is not None and not low <= value <= high:  # also refuses nan
-            raise WorkshopError(f"Parameter {name} is {value}: it must lie between {low} and {high}.")
-        if name == "recipe_steps" and value == 0:
-            raise WorkshopError("Parameter recipe_steps is 0: set how many, or -1 for all of the profile's.")
-        if name in CHOICES and value not in CHOICES[name]:
-            raise WorkshopError(f"Parameter {name} is {value!r}: choose one of {', '.join(CHOICES[name])}.")
+        if type(value) is not kind and (kind, type(value)) != (float, int):
+            how = " (papermill: pass it with -y or -f, not -p)" if isinstance(value, str) else ""
+            raise WorkshopError(f"Parameter {name} is {shown(value)}: it must be {kind.__name__}{how}.")
+        if name in LOWEST and value < LOWEST[name]:
+            raise WorkshopError(f"Parameter {name} is {value}: it must be {LOWEST[name]} or more.")
     return {name: namespace[name] for name in kinds}
 
 
 def quiet() -> None:
     """Silence the library messages that a reader can do nothing about; errors still show."""
+    if not is_interactive():  # every redrawing of a bar would be kept in the executed file
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if is_interactive() else "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # each bar is a widget left in the file
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE" if not is_interactive() else "TQDM_MININTERVAL", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    for module in (
+    for name in (
         "torch",
         "torchao",
         "peft",
@@ -201,7 +180,7 @@ def quiet() -> None:
         "transformers",
         "liger_kernel",
     ):
-        warnings.filterwarnings("ignore", category=UserWarning, module=module)
+        warnings.filterwarnings("ignore", category=UserWarning, module=name)
     for name in ("nemo_automodel", "torchao", "torch.utils._pytree", "transformers", "httpx", "liger_kernel"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -1,4 +1,4 @@
-"""Tokens, answers and progress as a reader sees them: in a notebook, a terminal or a log."""
+"""Tokens and answers as a reader sees them: escaped HTML in a notebook, plain text everywhere else."""
 
 import html
 import os
@@ -6,24 +6,16 @@ import sys
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from fiqa_helpers.base import is_interactive
 from fiqa_helpers.rows import IGNORE_INDEX
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from fiqa_helpers.generate import Answer
-
-# --- Tokens and answers as a reader sees them: escaped HTML in a notebook, plain text everywhere else.
-
 # Dark text on a light ground of its own, readable in a light and in a dark JupyterLab, and in grey.
 _TRAINED = "background:#ffe08a;color:#111;font-weight:bold;text-decoration:underline"
 _READ = "border:1px dotted #888"
-_CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere"
 _STRIP = "line-height:1.9;font-family:monospace;overflow-wrap:anywhere"
-_TABLE = "width:100%;table-layout:fixed;color:inherit"
+_TABLE = "width:100%;table-layout:fixed;color:inherit;text-align:left;vertical-align:top"
+_CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:break-word"
 _TEXT_WIDTH = 100  # characters of a line in the plain-text form
 
 
@@ -55,83 +47,80 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() or sign in "\n\t" else "\ufffd" for sign in text)
 
 
-def tokens(
-    row: Mapping[str, Sequence[int]], tokenizer: "PreTrainedTokenizerBase", hide_first: int = 0
-) -> Shown:
+def tokens(row: Mapping[str, Sequence[int]], tokenizer, hide_first: int = 0) -> Shown:
     """An encoded row (`input_ids`, `labels`) token by token; those that carry loss stand out.
 
     They are bold, underlined and on a ground of their own in HTML, and in [brackets] in text, so nothing
     depends on colour. `·` is a space that belongs to its token, `↵` a line break. `hide_first` leaves out
     that many tokens at the start.
     """
-    ids, labels = row["input_ids"], row["labels"]
-    trained = [label != IGNORE_INDEX for label in labels]
-    caption = f"{sum(trained)} of {len(ids)} tokens carry loss"
+    trained = [label != IGNORE_INDEX for label in row["labels"]]
+    caption = f"{sum(trained)} of {len(trained)} tokens carry loss"
     hidden = f" The first {hide_first} tokens are left out here." if hide_first else ""
     marked, plain = [], []
-    for token, carries_loss in list(zip(ids, trained, strict=True))[hide_first:]:
+    for token, carries_loss in list(zip(row["input_ids"], trained, strict=True))[hide_first:]:
         text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
         text = text.replace("\n", "↵").replace(" ", "·")
         style = _TRAINED if carries_loss else _READ
         tag = "u" if carries_loss else "span"  # <u> survives where style attributes are stripped
         marked.append(f'<{tag} style="{style};padding:0 1px">{escape(text)}</{tag}>')
         plain.append(f"[{printable(text)}]" if carries_loss else printable(text))
-    page = (
-        f"<p>{caption}, those <u style='{_TRAINED}'>bold and underlined</u>; "
-        f"the others are only read.{hidden}</p>"
-        f'<p style="{_STRIP}">{"&#8203;".join(marked)}</p>'
+    said = (
+        f"{caption}, those <u style='{_TRAINED}'>bold and underlined</u>; the others are only read.{hidden}"
     )
+    page = f'<p>{said}</p><p style="{_STRIP}">{"&#8203;".join(marked)}</p>'
     strip = textwrap.fill("".join(plain), _TEXT_WIDTH, break_on_hyphens=False)
     return Shown(page, f"{caption}, those in [brackets]; the others are only read.{hidden}\n{strip}")
 
 
 def answers(
     questions: Sequence[str],
-    columns: "Mapping[str, Sequence[Answer | str]]",
+    columns: Mapping[str, Sequence],
     caption: str = "Answers side by side",
 ) -> Shown:
     """One row per question, one column per entry of `columns` (name -> an answer for each question).
 
-    Under every generated answer stands whether the model ended it and how long it is; text that is a plain
-    `str`, such as a reference answer, stands alone.
+    Under every generated answer (`generate.Answer`) stands whether the model ended it and how long it is;
+    text that is a plain `str`, such as a reference answer, stands alone.
 
     Raises:
         ValueError: a column has not one answer for each question.
     """
-    heads = "".join(f'<th scope="col" style="{_CELL}">{escape(name)}</th>' for name in columns)
+    heads = f'<th scope="col" style="{_CELL};width:20%">Question</th>'
+    heads += "".join(f'<th scope="col" style="{_CELL}">{escape(name)}</th>' for name in columns)
     body, text = "", [caption]
     for number, (question, *row) in enumerate(zip(questions, *columns.values(), strict=True), 1):
-        cells = "".join(f'<td style="{_CELL}">{_cell(answer)}</td>' for answer in row)
-        body += f'<tr><th scope="row" style="{_CELL}">{escape(question)}</th>{cells}</tr>'
+        body += f'<tr><th scope="row" style="{_CELL}">{escape(question)}</th>'
         text.append(f"\n{number}. {printable(question)}")
         for name, answer in zip(columns, row, strict=True):
-            how = "" if isinstance(answer, str) else f" ({ending(answer)})"
-            said = textwrap.fill(printable(_text(answer)) or "(nothing)", _TEXT_WIDTH - 4)
-            text.append(f"  {name}{how}:\n{textwrap.indent(said, '    ')}")
-    share = 80 // max(1, len(columns))
-    widths = '<col style="width:20%">' + f'<col style="width:{share}%">' * len(columns)
+            said, how = (answer, "") if isinstance(answer, str) else (answer.text, ending(answer))
+            ended = f"<br><i>&#8212; {how}</i>" if how else ""
+            body += f'<td style="{_CELL}">{escape(said) or "<i>(nothing)</i>"}{ended}</td>'
+            lines = textwrap.fill(printable(said) or "(nothing)", _TEXT_WIDTH - 4)
+            text.append(f"  {name}{how and f' ({how})'}:\n{textwrap.indent(lines, '    ')}")
+        body += "</tr>"
     page = (
         f'<table style="{_TABLE}"><caption style="text-align:left">{escape(caption)}</caption>'
-        f"<colgroup>{widths}</colgroup>"
-        f'<thead><tr><th scope="col" style="{_CELL}">Question</th>{heads}</tr></thead>'
-        f"<tbody>{body}</tbody></table>"
+        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
     )
     return Shown(page, "\n".join(text))
 
 
-def ending(answer: "Answer") -> str:
-    """How an answer ended, in words: "stopped by itself after 34 tokens", "cut off at 48 tokens"."""
+def ending(answer) -> str:
+    """How a generated answer ended: "stopped by itself after 34 tokens", "cut off at 48 tokens"."""
     how = "stopped by itself after" if answer.stopped else "cut off at"
     return f"{how} {answer.n_tokens} token{'' if answer.n_tokens == 1 else 's'}"
 
 
-def _text(answer: "Answer | str") -> str:
-    return answer if isinstance(answer, str) else answer.text
+def progress(label: str, total: int, unit: str = "answer"):
+    """A tqdm bar for work of many parts that a person waits for; `bar.update(n)` counts, `bar.close()` ends.
 
+    It is drawn in place and leaves nothing behind. Headless there is none (`run.quiet` switches tqdm off),
+    since every redrawing would be kept in the executed notebook.
+    """
+    from tqdm import tqdm
 
-def _cell(answer: "Answer | str") -> str:
-    said = escape(_text(answer)) or "<i>(nothing)</i>"
-    return said if isinstance(answer, str) else f"{said}<br><i>&#8212; {ending(answer)}</i>"
+    return tqdm(desc=label, total=total, unit=unit, file=sys.stdout, leave=False)
 
 
 def show_line(text: str) -> None:

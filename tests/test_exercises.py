@@ -346,3 +346,11 @@ def test_what_counts_as_open(capsys):
         assert "not solved yet" in said_of(capsys, exercise_1, 5, answer), answer
     for answer in (0, False, "", [], lambda: 0, exercise_1):
         assert "right" in said_of(capsys, exercise_1, answer), answer
+
+
+def test_no_exercise_is_right_where_asserts_are_skipped():
+    """PYTHONOPTIMIZE strips each hint's assert: every answer was right."""
+    code = "from fiqa_helpers.base import check\ndef exercise_1(n):\n    assert n == 3\n    return ''\n"
+    code += "check(exercise_1, 4)"
+    said = subprocess.check_output([sys.executable, "-O", "-c", code], text=True)
+    assert "cannot be checked: Python was told to skip assert" in said and "right" not in said

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fiqa_helpers import model
+from fiqa_helpers.base import WorkshopError
 from fiqa_helpers.generate import Answer, generate_answers
 from fiqa_helpers.machinery import fast
 from fiqa_helpers.profiles import load_profile
@@ -175,6 +176,12 @@ def test_the_guard_is_on_unless_it_is_switched_off(tiny):
     guarded = answer()
     assert guarded.startswith("ababa") and "ababab" not in guarded
     assert answer(no_repeat_ngram_size=4) == guarded
+
+
+def test_a_question_beyond_what_the_model_reads_is_refused(tiny):
+    """Ten thousand words answered out of positions that the model never saw, without a word about it."""
+    with pytest.raises(WorkshopError, match="shorten the question"):
+        generate_answers(*tiny, ["bond " * 1000, "Why?"], max_new_tokens=8)
 
 
 def test_no_question_has_no_answer(tiny):

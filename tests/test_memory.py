@@ -1,5 +1,6 @@
 """The memory ledger: counted as the model is counted, and advice that a person can follow."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -30,13 +31,6 @@ def test_tied_embeddings_count_once(smollm2):
     )
 
 
-def test_same_chunk_as_the_training_path():
-    """The ledger is light and copies this number: a change in one place only would be a wrong prediction."""
-    from fiqa_helpers.machinery import fast
-
-    assert machine.LOGITS_CHUNK == fast.LOGITS_CHUNK
-
-
 def test_what_memory_grows_with():
     """More tokens and no checkpointing cost activations only; the sum is the sum."""
     whole = machine.predict_memory(PROFILES["gpu80"], CONFIG)
@@ -60,8 +54,6 @@ def test_what_memory_grows_with():
 )
 def test_advice_names_what_to_change(free, said):
     """'Out of memory' alone sends people to a forum."""
-    import re
-
     advice = machine.memory_advice(PROFILES["gpu80"], CONFIG, free * machine.GIB)
     assert (advice == "") if said is None else re.search(said, advice), advice
 
@@ -69,8 +61,6 @@ def test_advice_names_what_to_change(free, said):
 @pytest.mark.parametrize("free", range(16, 42))
 def test_advice_that_is_followed_fits(free):
     """Advice that does not fit either."""
-    import re
-
     advice = machine.memory_advice(PROFILES["gpu80"], CONFIG, free * machine.GIB)
     changes = {}
     if "gradient_checkpointing: true" in advice:

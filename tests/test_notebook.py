@@ -15,7 +15,7 @@ from fiqa_helpers import base
 from fiqa_helpers.base import WorkshopError, Workspace, is_interactive, project_root
 from fiqa_helpers.machinery import machine
 from fiqa_helpers.profiles import load_profile
-from fiqa_helpers.run import Run, check_parameters, quiet
+from fiqa_helpers.run import Run, check_parameters, quiet, start
 
 PARAMETERS = """profile: str = "laptop"  # the profile
 overrides: str = ""  # YAML
@@ -54,29 +54,19 @@ def test_parameters_are_returned_by_name():
 @pytest.mark.parametrize(
     ("injected", "sentence"),
     [
-        (
-            'fast = "false"',
-            r"Parameter fast is 'false', a str: it must be a bool, so pass it with papermill",
-        ),
-        ("fast = 0", r"Parameter fast is 0, an int: it must be a bool\."),
-        ("fast = None", r"Parameter fast is None, a NoneType: it must be a bool"),
-        (
-            'rows = "3"',
-            r"Parameter rows is '3', a str: it must be an int, so pass .* papermill -y or -f",
-        ),
-        ("rows = 3.0", r"Parameter rows is 3.0, a float: it must be an int\."),
-        ("rows = True", r"Parameter rows is True, a bool: it must be an int\."),
-        ("rate = 'x'", r"Parameter rate is 'x', a str: it must be a float"),
-        ("rate = True", r"Parameter rate is True, a bool: it must be a float"),
-        ("profile = 80", r"Parameter profile is 80, an int: it must be a str\."),
-        ("profile = ['laptop']", r"Parameter profile is \['laptop'\], a list"),
-        ("profile = {'a': 1}", r"Parameter profile is {'a': 1}, a dict"),
-        ("fast = 'x' * 10_000_000", r"Parameter fast is 'xxx.*\.\.\., a str"),
-        (
-            "profle = 'laptop'",
-            r"no parameter profle .did you mean profile..: this notebook has profile",
-        ),
-        ("Rows = 3", r"no parameter Rows .did you mean rows"),
+        ('fast = "false"', r"Parameter fast is 'false': it must be bool \(papermill: pass it with -y or -f"),
+        ("fast = 0", r"Parameter fast is 0: it must be bool\."),
+        ("fast = None", r"Parameter fast is None: it must be bool"),
+        ('rows = "3"', r"Parameter rows is '3': it must be int \(papermill"),
+        ("rows = 3.0", r"Parameter rows is 3.0: it must be int\."),
+        ("rows = True", r"Parameter rows is True: it must be int\."),
+        ("rows = -1", r"Parameter rows is -1: it must be 0 or more\."),
+        ("rate = 'x'", r"Parameter rate is 'x': it must be float"),
+        ("rate = True", r"Parameter rate is True: it must be float"),
+        ("profile = {'a': 1}", r"Parameter profile is {'a': 1}: it must be str\."),
+        ("fast = 'x' * 10_000_000", r"Parameter fast is 'xxx.*\.\.\.: it"),
+        ("profle = 'laptop'", r"no parameter profle: did you mean profile"),
+        ("Rows = 3", r"no parameter Rows: did you mean rows"),
         ("zzz = 3", r"no parameter zzz: this notebook has profile, overrides, workdir, fast, rows, rate\."),
     ],
 )
@@ -110,21 +100,15 @@ def book(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("name", "value", "sentence"),
     [
-        (
-            ["-p", "fast", "yes"],
-            "Parameter fast is 'yes', a str: it must be a bool, so pass it with papermill",
-        ),
-        (
-            ["-p", "profle", "laptop"],
-            "There is no parameter profle (did you mean profile?): this notebook has",
-        ),
+        ("fast", "yes", "Parameter fast is 'yes': it must be bool"),
+        ("profle", "laptop", "There is no parameter profle: did you mean profile?"),
     ],
 )
-def test_papermill_fails_with_the_sentence_alone(book, arguments, sentence):
+def test_papermill_fails_with_the_sentence_alone(book, name, value, sentence):
     """An error that only prints: papermill exits 0, or stores forty frames of traceback, or nothing."""
-    ran = papermill(book, *arguments)
+    ran = papermill(book, "-p", name, value)
     assert ran.returncode == 1 and sentence in ran.stderr
     cells = [c for c in nbformat.read(book / "out.ipynb", 4).cells if c.cell_type == "code"]
     (error,) = [out for cell in cells for out in cell.outputs if out.output_type == "error"]
@@ -215,16 +199,13 @@ def test_a_relative_workdir_and_a_home_folder(monkeypatch, tmp_path):
     assert workspace.root == tmp_path / "here"
 
 
-@pytest.mark.parametrize(
-    "workdir", ["a\0b", "~no-such-user/x", "x" * 5000, "/proc/nowhere", "/dev/null", "file/x"]
-)
+@pytest.mark.parametrize("workdir", ["/proc/nowhere", "/dev/null", "file/x"])
 def test_a_folder_that_cannot_be_is_named(workdir, monkeypatch, tmp_path):
-    """ValueError: embedded null byte, four modules away from the parameter that holds it."""
+    """NotADirectoryError, four modules away from the parameter that holds it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(WorkshopError, match=r"workdir") as caught:
+    with pytest.raises(WorkshopError, match=r"Cannot write to .*set the parameter workdir"):
         _ = Workspace(workdir).data
-    assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
 
 
 def test_a_read_only_folder_is_refused_at_once(small_disk):
@@ -329,41 +310,9 @@ def test_a_full_disk_leaves_the_old_card(small_disk):
     assert [path.name for path in run.workspace.run_cards.iterdir()] == ["03.json"]
 
 
-def test_no_secret_of_the_environment_in_a_card(run, monkeypatch, tmp_path, capsys):
-    """Somebody's token in a run card that is sent with a bug report."""
-    secrets = {
-        "HF_TOKEN": "hf_AbCdEfGhIjKlMnOp",
-        "WANDB_API_KEY": "0123456789abcdef0123",
-        "AWS_SECRET_ACCESS_KEY": 'quote"and\\slash-secret',
-        "DB_PASSWORD": "correct horse battery",
-        "MY_CREDENTIALS": "hf_AbCdEfGhIjKlMnOp-longer",
-    }
-    for name, value in secrets.items():
-        monkeypatch.setenv(name, value)
-    run.parameters["overrides"] = f"{{model: https://{secrets['HF_TOKEN']}@hub/x}}"
-    facts = {"nested": [{"a": secrets["DB_PASSWORD"]}], secrets["WANDB_API_KEY"]: 1, "path": tmp_path}
-    run.finish(f"see {secrets['AWS_SECRET_ACCESS_KEY']}", files=[secrets["MY_CREDENTIALS"]], **facts)
-    text = (tmp_path / "outputs/run_cards/03.json").read_text(encoding="utf-8")
-    for value in secrets.values():
-        assert value not in text and json.dumps(value)[1:-1] not in text
-    card = json.loads(text)
-    assert card["parameters"]["overrides"] == "{model: https://***@hub/x}"
-    assert card["facts"] == {"nested": [{"a": "***"}], "***": 1, "path": str(tmp_path)}
-    assert card["files"] == ["***"] and card["figure"] == "see ***"
-    assert card["profile"]["model"] == "packaged"  # what is no secret stays
-
-
-def test_what_is_no_secret_stays(run, monkeypatch):
-    """TOKENIZERS_PARALLELISM=false holds no token: blanking "false" would ruin every card."""
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "validation loss")
-    monkeypatch.setenv("SHORT_TOKEN", "laptop")
-    run.finish("validation loss 3 on laptop")
-    assert run.needs("03")["figure"] == "validation loss 3 on laptop"
-
-
 def test_the_environment_itself_is_not_in_a_card(run, monkeypatch, tmp_path):
-    """os.environ dumped for debugging."""
-    monkeypatch.setenv("SOMETHING_ODD", "canary-7f3a9")
+    """os.environ dumped for debugging, with somebody's token in it."""
+    monkeypatch.setenv("HF_TOKEN", "canary-7f3a9")
     run.finish("done")
     assert "canary-7f3a9" not in (tmp_path / "outputs/run_cards/03.json").read_text()
 
@@ -411,25 +360,94 @@ def test_quiet_leaves_what_the_person_has_set(monkeypatch):
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "debug" and os.environ["TQDM_DISABLE"] == "0"
 
 
-def test_interactive_is_a_person_with_a_jupyter_server(monkeypatch):
-    """Widgets built headless leave their state in the file."""
-    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+def asked_in_a_kernel(live: bool, **environment: str) -> str:
+    """What `is_interactive` says in a real kernel whose frontend is `live` or is a program."""
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel(kernel_name="python3", env=os.environ | environment)
+    try:
+        code = "from fiqa_helpers.base import is_interactive\nprint(is_interactive())"
+        seen = []
+        client.execute_interactive(code, allow_stdin=live, output_hook=seen.append, timeout=120)
+        return "".join(message["content"].get("text", "") for message in seen).strip()
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_interactive_is_a_person_at_a_live_frontend(live):
+    """VS Code sets no JPY_SESSION_NAME and showed nothing; a program that inherits it wrote widget state."""
+    name = {} if live else {"JPY_SESSION_NAME": "/x.ipynb"}
+    assert asked_in_a_kernel(live, **name) == str(live)
+
+
+def test_nobody_is_there_in_a_script():
+    """An AttributeError on the kernel that a script does not have."""
+    is_interactive.cache_clear()
     assert not is_interactive()
-    monkeypatch.setenv("JPY_SESSION_NAME", "/x.ipynb")
-    assert is_interactive()
+
+
+# --- settings that travel
+
+
+def started(number: str, workdir, **more: str) -> Run:
+    """A notebook's first cell on profile tiny, with no overrides."""
+    values = {"profile": "tiny", "overrides": "", "workdir": str(workdir)} | more
+    return start({"__annotations__": dict.fromkeys(values, str), **values}, number)
+
+
+def test_overrides_travel_to_the_next_notebook(tmp_path, capsys):
+    """Trained with 3 steps in 04, and evaluated in 06 as if with the profile's own settings."""
+    started("03", tmp_path, overrides="{max_steps: 3}").finish("done")
+    assert "as in notebook" not in capsys.readouterr().out
+    run = started("04", tmp_path)
+    said = capsys.readouterr().out
+    assert run.profile.max_steps == 3 and 'overrides = "{max_steps: 3}", as in notebook 03_set_up' in said
+    run.finish("done")
+    assert started("06", tmp_path).profile.max_steps == 3  # 05 was not run: 04 is the one before
+    assert started("03", tmp_path).profile.max_steps == 4  # never backwards, nor from itself
+
+
+def test_overrides_travel_no_further_than_meant(tmp_path):
+    """A laptop's settings in an 8B run, or settings that nobody can get rid of."""
+    started("01", tmp_path, overrides="{max_steps: 3}").finish("done")
+    assert started("02", tmp_path, overrides="{seed: 7}").profile.max_steps == 4  # one's own go first
+    assert started("02", tmp_path, profile="laptop").profile.max_steps == 24
+    started("02", tmp_path, overrides="{}").finish("done")
+    assert started("03", tmp_path).profile.max_steps == 4
+    for broken in ("", "[]", '{"profile": null}', '{"profile": {"name": "tiny"}, "parameters": {}}'):
+        (tmp_path / "outputs/run_cards/02.json").write_text(broken)
+        assert started("03", tmp_path).profile.max_steps in (3, 4)
+
+
+def test_a_python_that_skips_asserts_is_refused():
+    """With PYTHONOPTIMIZE each checkpoint of a notebook passes and every exercise is right."""
+    code = "from fiqa_helpers.run import start\nstart(globals(), '01')"
+    ran = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1 and "PYTHONOPTIMIZE (or -O) skips every check" in ran.stderr
+
+
+# --- one lock
+
+
+def test_a_second_process_waits_or_is_refused(tmp_path):
+    """Two downloads into one folder, two trainings of one run."""
+    code = "import sys, time\nfrom pathlib import Path\nfrom fiqa_helpers.base import locked\n"
+    code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
+    lock = tmp_path / "a.lock"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(WorkshopError, match="it is in use"), base.locked(lock, busy="it is in use"):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with base.locked(lock):  # the lock died with its process
+        assert lock.stat().st_mode & 0o777 == 0o666  # a second user of a shared folder may take it, too
 
 
 def test_peak_memory_is_that_of_this_process():
     """GiB taken for bytes or KiB in the run card."""
     assert 0.01 < machine.peak_memory_gib() < machine.ram_gib()
-
-
-def test_importing_the_package_is_cheap():
-    """torch at import time: seconds before the first cell of every notebook can say anything."""
-    code = (
-        "import sys, fiqa_helpers, fiqa_helpers.run, fiqa_helpers.base, fiqa_helpers.profiles;"
-        "heavy = {'torch', 'transformers', 'datasets', 'peft', 'nemo_automodel', 'pandas', 'matplotlib'};"
-        "print(sorted(heavy & set(sys.modules)))"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert ran.stdout.strip() == "[]", ran.stderr

@@ -125,14 +125,6 @@ def test_a_run_with_random_weights_is_not_taken_over(tmp_path):
     assert not (tmp_path / "target").exists()
 
 
-def test_a_missing_file_is_named(tmp_path):
-    """Somebody deleted a folder that nobody seemed to need."""
-    with pytest.raises(
-        WorkshopError, match="run_card.json is missing or damaged: take it from the repository"
-    ):
-        _ = model.KeptRun(tmp_path).label
-
-
 def test_the_case_study_is_labelled_and_tells_its_story():
     """Its loss fell further than the kept run's, and its answers loop: notebook 06 says so in words."""
     case = model.case_study()

@@ -177,33 +177,11 @@ def test_a_prompt_that_fills_the_row_is_refused(tiny_tokenizer, style):
     assert row["input_ids"][-1] != tiny_tokenizer.eos_token_id
 
 
-@styles
-@pytest.mark.parametrize("text", ["Why \ud83d?", "\udc4d", "a" * 200 + "\ud800\ud800"])
-def test_half_a_surrogate_pair_is_named(tiny_tokenizer, style, text):
-    """The tokenizer's own TypeError speaks of TextEncodeInput and of no text that could be found."""
-    for question, answer in ((text, "Yes."), (QUESTION, text)):
-        with pytest.raises(WorkshopError, match="half of a surrogate pair") as caught:
-            encode(question, answer, tiny_tokenizer, style)
-        assert len(str(caught.value)) < 200
-        str(caught.value).encode()  # can itself be printed
-
-
-@pytest.mark.parametrize(
-    ("template", "sentence"),
-    [
-        (None, "has no chat template"),
-        (
-            "{{ raise_exception('System role not supported') }}",
-            "fails .System role not supported.: use prompt",
-        ),
-        ("{% for m in messages %}{{ m['content'] * 2 }}{% endfor %}", "writes the user turn 2 times"),
-        ("hello", "writes the user turn 0 times"),
-        ("{% for %}", "fails"),
-    ],
-)
-def test_a_chat_template_that_cannot_be_used(template, sentence):
-    """Another model's template ends in jinja's traceback, or drops the question without a word."""
-    with pytest.raises(WorkshopError, match=sentence):
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_chat_template_that_loses_the_question_is_refused(times):
+    """A model trained and asked without a question, or with it twice, and nobody is told."""
+    template = "{% for m in messages %}" + "{{ m['content'] }}" * times + "hello{% endfor %}"
+    with pytest.raises(WorkshopError, match=f"writes the question {times} times: use prompt plain"):
         encode_prompt(QUESTION, llama3_like(template), "chat")
 
 

@@ -1,5 +1,6 @@
 """Checkpoints of a run: written whole, taken up again, and refused when they are another run's."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -7,7 +8,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fiqa_helpers.base import WorkshopError, Workspace, digest, read_card, write_card, write_json
+from fiqa_helpers.base import WorkshopError, Workspace, digest, locked, read_card, write_card, write_json
+from fiqa_helpers.model import model_files
 from fiqa_helpers.profiles import Profile
 from fiqa_helpers.rows import SYSTEM_TEXT
 
@@ -15,9 +17,8 @@ MANIFEST = "manifest.json"  # written last: whoever finds it knows that the file
 PREFIX = "checkpoint-"
 SHOWN_ONLY = ("name", "title", "sample_steps", "max_new_tokens")  # settings that training does not depend on
 MEMORY_ONLY = {"tokens_per_batch", "gradient_checkpointing"}  # the same sums in other portions
-SAMPLES, SAMPLE_BYTES = 16, 65536  # of each file of a model folder
 
-_locks = {}  # held until this process ends, however it ends
+_locks, _taken = contextlib.ExitStack(), set()  # held until this process ends, however it ends
 
 # --- Whole or not.
 
@@ -28,12 +29,11 @@ def checkpoint_folder(run: Path | str, step: int) -> Path:
 
 
 def write_manifest(folder: Path) -> None:
-    """Vouch for a finished checkpoint or adapter: size in bytes and SHA-256 of every file, written last."""
+    """Vouch for a finished checkpoint or adapter: SHA-256 of every file, written last."""
     (folder / MANIFEST).unlink(missing_ok=True)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    entries = [{"size": path.stat().st_size, "sha256": digest(path)} for path in paths]
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    write_json(folder / MANIFEST, {"files": dict(zip(names, entries, strict=True))})
+    files = {path.relative_to(folder).as_posix(): {"sha256": digest(path)} for path in paths}
+    write_json(folder / MANIFEST, {"files": files})
 
 
 def fault(folder: Path) -> str | None:
@@ -129,22 +129,17 @@ def open_run(
 
 
 def take(folder: Path) -> None:
-    """Keep other processes out of a run. The lock is the system's: it ends with a killed process too.
+    """Keep other processes out of a run until this one ends.
 
     Raises:
         WorkshopError: another process has it.
     """
-    from filelock import FileLock, Timeout
-
     path = folder.with_name(f".{folder.name}.lock")
-    try:  # one lock for this process, which may take it again: a cell is run twice
-        _locks.setdefault(path, FileLock(path)).acquire(timeout=0)
-    except Timeout:
-        raise WorkshopError(
-            f"Another process trains in {folder}: shut down its kernel, or set workdir to another folder."
-        ) from None
-    except NotImplementedError:  # some network file systems
-        print("This file system has no locks: make sure that only one process trains here.")
+    if path in _taken:  # a cell is run twice in one kernel
+        return
+    busy = f"Another process trains in {folder}: shut down its kernel, or set workdir to another folder."
+    _locks.enter_context(locked(path, busy))
+    _taken.add(path)
 
 
 def define(profile: Profile, rows: dict[str, str]) -> dict:
@@ -173,31 +168,6 @@ def refuse_other(folder: Path, definition: dict) -> None:
         )
     if said:
         print(f"The run goes on with a difference ({said}): results may differ in the last digits.")
-
-
-def model_files(profile: Profile) -> str:
-    """What tells one model from another of the same name: a commit of the hub, or a hash of a folder.
-
-    Of each file in a folder the name, the size and 16 samples of 64 KiB are hashed: other weights differ in
-    all of them, and 16 GB need not be read.
-    """
-    folder = Path(profile.model).expanduser()
-    if not folder.is_dir():
-        if "/" not in profile.model:  # packaged (its hash is pinned) or random
-            return profile.model
-        from huggingface_hub import try_to_load_from_cache
-
-        config = try_to_load_from_cache(profile.model, "config.json", revision=profile.model_revision)
-        return Path(config).parent.name if isinstance(config, str) else profile.model_revision
-    total = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        size = path.stat().st_size
-        total.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            for part in range(SAMPLES):
-                file.seek(size * part // SAMPLES)
-                total.update(file.read(SAMPLE_BYTES))
-    return total.hexdigest()
 
 
 def save_final(model, tokenizer, folder: Path, **card: object) -> dict:

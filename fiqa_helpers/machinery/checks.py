@@ -75,7 +75,7 @@ def report(results: list[Check]) -> str:
 
 
 def _system() -> Check:
-    detail = f"{machine.system_name()}, {platform.machine()}, kernel {platform.release()}"
+    detail = f"{platform.platform(terse=True)}, {platform.machine()}, kernel {platform.release()}"
     return Check("System", sys.platform == "linux", detail, "use Linux, or WSL2 on Windows")
 
 
@@ -195,7 +195,7 @@ def _gpu(profile: "Profile") -> Check:
         return Check("GPU", not wanted, detail, "until then take profile laptop")
     detail = (
         f"{card.name}, {card.free_gib:.1f} of {card.total_gib:.1f} GiB free, "
-        f"driver {card.driver or 'unknown'}, capability {card.capability}, "
+        f"capability {card.capability}, "
         f"bf16 {'yes' if card.bf16 else 'no'}"
     )
     return Check("GPU", card.bf16 or not wanted, detail, "bf16 needs the Ampere generation or newer")
