@@ -2,9 +2,10 @@
 
 import math
 import random
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ from fiqa_helpers.base import WorkshopError
 
 if TYPE_CHECKING:
     import numpy as np
-    from rouge_score.rouge_scorer import RougeScorer
 
 # --- Semantic similarity with MiniLM, of whole texts: what is longer than its window is embedded in chunks.
 
@@ -24,7 +24,6 @@ class Similarity:
 
     The model reads 256 word pieces and drops the rest in silence. Here a longer text is cut at word limits
     into windows of about equal size, and the mean of their embeddings, weighted by length, stands for it.
-    `cut=True` gives what the model makes of the first 256 pieces alone, as published figures do.
     """
 
     def __init__(self, folder: Path | None = None, device: str = "cpu"):
@@ -34,56 +33,44 @@ class Similarity:
 
         self.model = SentenceTransformer(str(folder or assets.minilm_folder()), device=device)
         self.window = self.model.max_seq_length - 2  # [CLS] and [SEP] take two places
-        self._known: dict[tuple[str, bool], np.ndarray] = {}
+        self._known: dict[str, np.ndarray] = {}
 
-    def embed(self, texts: Sequence[str], cut: bool = False) -> "np.ndarray":
+    def embed(self, texts: Sequence[str]) -> "np.ndarray":
         """Unit vectors, float32 of shape (texts, 384). An empty text is the zero vector, near to nothing."""
         import numpy as np
 
         while len(self._known) > MOST_KNOWN:  # the oldest go
             del self._known[next(iter(self._known))]
-        new = [text for text in dict.fromkeys(texts) if (text, cut) not in self._known]
-        pieces = [[(text, 1)] if cut else self.chunks(text) for text in new]
-        flat = [piece for text in pieces for piece, _ in text]
+        new = {text: self.chunks(text) for text in texts if text not in self._known}
+        flat = [piece for chunks in new.values() for piece, _ in chunks]
         if flat:
-            vectors = self.model.encode(flat, normalize_embeddings=True, show_progress_bar=False)
-        start = 0
-        for text, chunks in zip(new, pieces, strict=True):
-            weights = np.array([[length] for _, length in chunks], dtype=np.float32)
-            total = (weights * vectors[start : start + len(chunks)]).sum(axis=0)
-            start += len(chunks)
-            empty = not text.strip()
-            self._known[text, cut] = total * 0 if empty else total / np.linalg.norm(total)
-        return np.stack([self._known[text, cut] for text in texts])
+            vectors = iter(self.model.encode(flat, normalize_embeddings=True, show_progress_bar=False))
+        for text, chunks in new.items():
+            total = np.sum([length * next(vectors) for _, length in chunks], axis=0)
+            self._known[text] = total / np.linalg.norm(total) if text.strip() else total * 0
+        return np.stack([self._known[text] for text in texts])
 
     def chunks(self, text: str) -> list[tuple[str, int]]:
-        """`text` in pieces that fit the window: (piece, its word pieces)."""
+        """`text` in pieces that fit the window: (piece, its number of word pieces)."""
         tokens = self.model.tokenizer(
             text, add_special_tokens=False, truncation=False, return_offsets_mapping=True, verbose=False
         )
-        words: list[list[int]] = []  # of each word: where it starts, where it ends, its word pieces
-        last = None
-        for word, (start, end) in zip(tokens.word_ids(), tokens["offset_mapping"], strict=True):
-            if word == last:
-                words[-1][1:] = [end, words[-1][2] + 1]
-            else:
-                words.append([start, end, 1])
-            last = word
-        count = max(1, -(-len(tokens["input_ids"]) // self.window))
-        size = -(-len(tokens["input_ids"]) // count)
-        groups: list[list[int]] = []
-        for start, end, length in words:
-            if groups and groups[-1][2] + length <= size:
-                groups[-1][1:] = [end, groups[-1][2] + length]
-            else:
-                groups.append([start, end, length])
-        return [(text[start:end], length) for start, end, length in groups] or [(text, 1)]
+        words, offsets = tokens.word_ids(), tokens["offset_mapping"]
+        if not words:
+            return [(text, 1)]
+        size = math.ceil(len(words) / math.ceil(len(words) / self.window))
+        starts, word = [0], 0  # where chunks begin; where the word at hand began
+        for place in range(1, len(words)):
+            if words[place] != words[place - 1]:
+                word = place
+            if place - starts[-1] >= size:
+                starts.append(word)
+        spans = zip(starts, [*starts[1:], len(words)], strict=True)
+        return [(text[offsets[start][0] : offsets[end - 1][1]], end - start) for start, end in spans]
 
-    def best(self, answer: str, references: Sequence[str], cut: bool = False) -> tuple[float, int]:
-        """(similarity, index) of the reference that is nearest to `answer`; 1 is the same, 0 unrelated."""
-        values = self.embed(references, cut) @ self.embed([answer], cut)[0]
-        nearest = int(values.argmax())
-        return float(values[nearest]), nearest
+    def best(self, answer: str, references: Sequence[str]) -> float:
+        """Similarity of `answer` with the nearest of `references`; 1 is the same, 0 unrelated."""
+        return float((self.embed(references) @ self.embed([answer])[0]).max())
 
 
 # --- What an answer is measured by, one number each, and the floors that every number is shown beside.
@@ -93,27 +80,25 @@ class Similarity:
 class Metric:
     """How a metric is named and read. `better` is +1 when more is better, -1 when less is, 0 for neither."""
 
-    name: str
     title: str
     better: int
     meaning: str
 
 
 METRICS = {
-    metric.name: metric
-    for metric in (
-        Metric("similarity", "semantic similarity", 1, "MiniLM cosine, whole texts (primary)"),
-        Metric("similarity_cut", "similarity of the beginning", 1, "MiniLM cosine of the first 256 pieces"),
-        Metric("token_f1", "token F1", 1, "shared words, whatever their order (ROUGE-1 F)"),
-        Metric("rouge_l", "ROUGE-L", 1, "longest common subsequence of words, F"),
-        Metric("nll", "reference NLL", -1, "nats per token of the reference answer"),
-        Metric("stopped", "stopped by itself", 1, "share of answers that ended before the length limit"),
-        Metric("repeated", "repeated 4-grams", -1, "share of word 4-grams that occurred before"),
-        Metric("length_ratio", "length / reference", 0, "words of the answer over words of the reference"),
-    )
+    "similarity": Metric("semantic similarity", 1, "MiniLM cosine, whole texts (primary)"),
+    "token_f1": Metric("token F1", 1, "shared words, whatever their order, whole texts"),
+    "token_f1_60": Metric("token F1, 60 words", 1, "the same of the first 60 words of both texts"),
+    "stopped": Metric("stopped by itself", 1, "share of answers that ended before the length limit"),
+    "repeated": Metric("repeated 4-grams", -1, "share of word 4-grams that occurred before"),
+    "nll": Metric("reference NLL", -1, "nats per token of the reference answer"),
+    # of evaluations that were kept before November 2026
+    "similarity_cut": Metric("similarity of the beginning", 1, "MiniLM cosine of the first 256 pieces"),
+    "rouge_l": Metric("ROUGE-L", 1, "longest common subsequence of words, F"),
+    "length_ratio": Metric("length / reference", 0, "words of the answer over words of the reference"),
 }
 PRIMARY = "similarity"
-VERSION = 1  # raise it when a definition changes: kept answers are then scored again
+VERSION = 2  # raise it when a definition changes: summaries name it
 
 # A text that answers every question alike: what any decent finance answer says, and nothing of its own.
 FIXED_ANSWER = (
@@ -124,23 +109,27 @@ FIXED_ANSWER = (
 )
 
 
-def score(answer: str, references: Sequence[str], similarity: "Similarity") -> dict[str, float]:
-    """All metrics of one answer that need no model, each against the reference that suits it best.
-
-    Token F1 is ROUGE-1's F measure and ROUGE-L its sibling (Lin 2004, https://aclanthology.org/W04-1013),
-    lower-cased, letters and digits only, no stemming.
-    """
+def score(answer: str, references: Sequence[str], similarity: Similarity) -> dict[str, float]:
+    """All metrics of one answer that need no model, each against the reference that suits it best."""
     answer = answer.strip()
-    whole, nearest = similarity.best(answer, references)
-    rouge = _rouge().score_multi(list(references), answer)
     return {
-        "similarity": whole,
-        "similarity_cut": similarity.best(answer, references, cut=True)[0],
-        "token_f1": rouge["rouge1"].fmeasure,
-        "rouge_l": rouge["rougeL"].fmeasure,
+        "similarity": similarity.best(answer, references),
+        "token_f1": max(token_f1(answer, reference) for reference in references),
+        "token_f1_60": max(token_f1(answer, reference, words=60) for reference in references),
         "repeated": repeated(answer),
-        "length_ratio": len(answer.split()) / max(1, len(references[nearest].split())),
     }
+
+
+def token_f1(answer: str, reference: str, words: int | None = None) -> float:
+    """F1 of the words that two texts share, both cut after `words` of them: 1 for the same words, 0 for none.
+
+    This is the F measure of ROUGE-1 (Lin 2004, https://aclanthology.org/W04-1013) without stemming:
+    lower case, letters and digits only, a word counts as often as it stands in both.
+    """
+    cut = [" ".join(text.split()[:words]) for text in (answer, reference)]
+    said, wanted = (Counter(re.findall(r"[a-z0-9]+", text.lower())) for text in cut)
+    shared = (said & wanted).total()
+    return 2 * shared / (said.total() + wanted.total()) if shared else 0.0
 
 
 def repeated(text: str, n: int = 4) -> float:
@@ -177,17 +166,8 @@ def derangement(n: int, seed: int = 0) -> list[int]:
     return order
 
 
-@cache
-def _rouge() -> "RougeScorer":
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
-
-
 # --- Is the difference real? Paired bootstrap intervals, and what they say in words.
 
-DRAWN_AT_ONCE = 10_000_000  # row numbers, 80 MB: all resamples of 648 rows, and not of 100,000
-BCA_ROWS = 5000  # its jackknife grows with the square of the rows; beyond, percentiles are as good
 RESAMPLES = 9999
 FEW_ROWS = 30  # below this a bootstrap interval itself is too narrow to be trusted to the digit
 
@@ -203,37 +183,12 @@ class Comparison:
     difference: float  # mean of the paired differences
     low: float
     high: float
-    wins: int  # rows on which the tuned model is better; for a metric without better or worse, higher
-    ties: int
-
-    @property
-    def win_rate(self) -> float:
-        """Share of the rows that the tuned model wins; a tie counts half."""
-        return (self.wins + self.ties / 2) / self.rows
-
-    @property
-    def verdict(self) -> str:
-        """ "better", "worse" or "no difference"; "changed" where more is neither better nor worse."""
-        better = METRICS[self.metric].better
-        if self.low <= 0 <= self.high or math.isnan(self.low):
-            return "no difference"
-        if better == 0:
-            return "changed"
-        return "better" if (self.difference > 0) == (better > 0) else "worse"
-
-    def needed_rows(self, smallest: float) -> int:
-        """Rows at which an interval of this spread would be narrower than `smallest` to each side."""
-        half = (self.high - self.low) / 2
-        return math.ceil(self.rows * (half / smallest) ** 2)
+    win_rate: float  # share of the rows that the tuned model wins; a tie counts half
+    verdict: str  # better, worse, no difference; changed where more is neither better nor worse
 
     def in_words(self) -> str:
         """One sentence with the figures."""
-        said = {
-            "no difference": "no difference is shown",
-            "better": "the tuned model is better",
-            "worse": "the tuned model is worse",
-            "changed": "the models differ",
-        }[self.verdict]
+        said = self.verdict if self.verdict != "no difference" else "no difference is shown"
         return (
             f"{METRICS[self.metric].title}: {self.base:.3f} -> {self.tuned:.3f}, difference "
             f"{self.difference:+.3f} with 95 % interval {self.low:+.3f} to {self.high:+.3f} on {self.rows} "
@@ -242,7 +197,7 @@ class Comparison:
 
     def as_row(self) -> dict:
         """All of it as plain values, for a table or JSON."""
-        return asdict(self) | {"win_rate": self.win_rate, "verdict": self.verdict}
+        return asdict(self)
 
 
 def compare(metric: str, base: Sequence[float], tuned: Sequence[float], seed: int = 0) -> Comparison:
@@ -257,35 +212,56 @@ def compare(metric: str, base: Sequence[float], tuned: Sequence[float], seed: in
     import numpy as np
     from scipy.stats import bootstrap
 
-    pairs = np.array(list(zip(base, tuned, strict=True)), dtype=float)
-    if pairs.size == 0:
-        raise ValueError("nothing to compare")
-    differences = pairs[:, 1] - pairs[:, 0]
+    before, after = (
+        np.array(values, dtype=float) for values in zip(*zip(base, tuned, strict=True), strict=True)
+    )
+    differences = after - before
     low = high = float("nan")
     if len(differences) > 1 and np.ptp(differences) == 0:
         low = high = float(differences[0])  # every resample has the same mean
     elif len(differences) > 1:
-        found = bootstrap(
-            (pairs[:, 0], pairs[:, 1]),
+        low, high = bootstrap(
+            (before, after),
             lambda b, t, axis: (t - b).mean(axis=axis),
             paired=True,
-            vectorized=True,
             n_resamples=RESAMPLES,
-            batch=max(1, DRAWN_AT_ONCE // len(differences)),
-            method="BCa" if len(differences) <= BCA_ROWS else "percentile",
-            confidence_level=0.95,
+            batch=200,  # resamples drawn at once: a thousand rows take 2 MB, not 80
             rng=np.random.default_rng(seed),
         ).confidence_interval
-        low, high = float(found.low), float(found.high)
-    sign = METRICS[metric].better or 1
+    mean, better = float(differences.mean()), METRICS[metric].better
+    verdict = "no difference"
+    if low > 0 or high < 0:
+        verdict = "changed" if better == 0 else "better" if mean * better > 0 else "worse"
     return Comparison(
         metric=metric,
         rows=len(differences),
-        base=float(pairs[:, 0].mean()),
-        tuned=float(pairs[:, 1].mean()),
-        difference=float(differences.mean()),
-        low=low,
-        high=high,
-        wins=int((sign * differences > 0).sum()),
-        ties=int((differences == 0).sum()),
+        base=float(before.mean()),
+        tuned=float(after.mean()),
+        difference=mean,
+        low=float(low),
+        high=float(high),
+        win_rate=float((np.sign(differences * (better or 1)) + 1).mean() / 2),
+        verdict=verdict,
     )
+
+
+def table(comparisons: Mapping[str, dict], floors: Mapping[str, Mapping[str, float]]) -> list[dict[str, str]]:
+    """Lines for a reader, one per metric, out of `comparisons` and `floors` as a summary.json holds them.
+
+    Each line has both means, the difference with its interval, the verdict and the floors on the same rows.
+    """
+    lines = []
+    for name, found in comparisons.items():
+        metric = METRICS[name]
+        line = {
+            "metric": metric.title,
+            "better": {1: "higher", -1: "lower", 0: "neither"}[metric.better],
+            "base": f"{found['base']:.3f}",
+            "tuned": f"{found['tuned']:.3f}",
+            "difference": f"{found['difference']:+.3f}",
+            "95 % interval": f"{found['low']:+.3f} to {found['high']:+.3f}",
+            "verdict": found["verdict"],
+        }
+        means = {floor: f"{values[name]:.3f}" if name in values else "" for floor, values in floors.items()}
+        lines.append(line | means)
+    return lines

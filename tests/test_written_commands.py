@@ -39,7 +39,6 @@ ELSEWHERE = {
     "make test": ".ci/run",
     "make lab": "browser/test_lab.py::test_it_opens_on_the_first_notebook_with_its_contents",
     "pip install -c constraints.txt -e .": "test_setup.py::test_environment_file_installs_with_pip",
-    "python -m pytest -s -m slow tests/test_load.py": "test_load.py",
     "make preflight": "test_preflight.py::test_a_prepared_machine_is_ready",
     "make bundle": "test_bundle.py::test_everything_that_a_room_needs_is_in_it",
     "tar xf fiqa-workshop.tar": "test_bundle.py::test_the_stick_is_enough_without_a_network",
