@@ -12,12 +12,11 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.base import WorkshopError, disk_errors
 from fiqa_helpers.machinery import checkpoints, fast
 from fiqa_helpers.rows import IGNORE_INDEX
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-NO_SPACE = ("No space left", "os error 28", "quota exceeded", "os error 122", "inline_container")  # torch's
+NO_MEMORY = ("MemoryError", "OutOfMemoryError", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class AnswerTrainer(Trainer):
@@ -61,8 +60,8 @@ class AnswerTrainer(Trainer):
             if self.state.best_model_checkpoint:
                 self._load_best_model()
             raise
-        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in NO_MEMORY):
+        except (RuntimeError, MemoryError) as error:
+            if not any(sign in repr(error) for sign in NO_MEMORY):
                 raise
         # Outside of `except`, where the error would keep its frames, and with them the memory.
         torch.cuda.empty_cache()
@@ -81,7 +80,8 @@ class AnswerTrainer(Trainer):
                 share = self.loss_sum(model, micro_batch) / num_items_in_batch
                 self.accelerator.backward(share)
             total += share.detach()
-            self._tokens += real_tokens(micro_batch)
+            mask = micro_batch.get("attention_mask")  # packed rows have none, and no padding
+            self._tokens += micro_batch["input_ids"].numel() if mask is None else mask.sum()
             self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
         self.timer.mark()
         return total
@@ -145,18 +145,10 @@ class AnswerTrainer(Trainer):
         folder = checkpoints.checkpoint_folder(run, self.state.global_step)
         shutil.rmtree(folder, ignore_errors=True)  # what a kill has left
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
+        with disk_errors(run, "set workdir to another disk; the checkpoint before is intact"):
             super()._save_checkpoint(model, trial)
             checkpoints.write_manifest(folder)
-        except Exception as error:  # safetensors, torch and json each have words of their own for a full disk
-            if not any(sign in str(error) for sign in NO_SPACE):
-                raise
-            shutil.rmtree(folder, ignore_errors=True)  # gives its space back
-            raise WorkshopError(
-                f"The disk of {run} is full: free some space and run this again; {checkpoints.way_on(run)}."
-            ) from None
-        finally:
-            self.args.save_total_limit = limit
+        self.args.save_total_limit = limit
         rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -209,9 +201,3 @@ class Terminator(TrainerCallback):
                 f"{state.max_steps}: run this again with the same parameters; "
                 f"{checkpoints.way_on(args.output_dir)}."
             )
-
-
-def real_tokens(micro_batch: Mapping) -> "torch.Tensor | int":
-    """Tokens that are not padding."""
-    mask = micro_batch.get("attention_mask")
-    return micro_batch["input_ids"].numel() if mask is None else mask.sum()
