@@ -22,7 +22,7 @@ CHAIN = (
     "{max_steps: 40, epochs: 20, train_rows: 13, batch_size: 2, tokens_per_batch: 256, lora_dropout: 0.05}"
 )
 SHORT = "{max_steps: 8, epochs: 2, train_rows: 9, batch_size: 2, tokens_per_batch: 256, lora_dropout: 0.05}"
-KILLS = 24
+KILLS = 20
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def damaged(run: Path) -> dict[int, str]:
 
 
 def test_chain_of_kills_ends_bitwise_like_an_unkilled_run(trainings, tmp_path):
-    """Killed 24 times at random moments, resumed each time: one lost random number would change the adapter.
+    """Killed 20 times at random moments, resumed each time: one lost random number would change the adapter.
 
     A third of the kills come at any time; the others are aimed at a phase one to three steps after the last
     checkpoint, and come a random moment after it began. A kill counts as inside a checkpoint write when it
