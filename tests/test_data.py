@@ -183,37 +183,35 @@ REPAIRS = [
     ("null answer", {"question": "Why?", "ground_truths": None}, data.EMPTY),
     ("empty question", {"question": " \n", "ground_truths": ["Because."]}, data.EMPTY),
     ("null question", {"question": None, "ground_truths": ["Because."]}, data.EMPTY),
-    ("10 MB answer", {"question": "Why?", "ground_truths": ["word " * 2_000_000]}, data.TOO_LONG),
-    ("10 MB of brackets", {"question": "Why?", "ground_truths": "[" * 10_000_000}, data.TOO_LONG),
 ]
 
 
 @pytest.mark.parametrize(("row", "kind"), [case[1:] for case in REPAIRS], ids=[case[0] for case in REPAIRS])
 def test_unusable_rows_are_left_out_and_counted(tmp_path, rows, capsys, row, kind):
-    """A row without text, or with a whole book in it, must be counted and said, not trained on in silence."""
+    """A row without text must be counted and said, not trained on in silence."""
     splits = data.load_fiqa(str(write_splits(tmp_path, rows, train=[*rows[:20], row])))
     assert len(splits["train"]) == 20
     assert f"Repaired: 1 rows {kind} (train 1)." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("text", "clean", "kind"),
+    ("text", "clean"),
     [
-        ("be\x00cause", "because", data.CONTROLS),
-        ("\x1b[31mred\x1b[0m", "[31mred[0m", data.CONTROLS),
-        ("half \ud83d a pair", "half \ufffd a pair", data.SURROGATES),
+        ("be\x00cause", "because"),
+        ("\x1b[31mred\x1b[0m", "[31mred[0m"),
+        ("half\ud83d a pair", "half a pair"),
     ],
     ids=["NUL", "terminal escape", "lone surrogate"],
 )
 @pytest.mark.parametrize("where", ["question", "ground_truths"])
-def test_broken_characters_are_repaired_and_counted(tmp_path, rows, text, clean, kind, where):
+def test_broken_characters_are_repaired_and_counted(tmp_path, rows, text, clean, where):
     """NUL bytes break tokenizers, escapes break terminals, half surrogates break files."""
     row = {"question": "Why is that?", "ground_truths": ["Because."]}
     row[where] = text if where == "question" else [text]
     splits, report = data.load_with_report(str(write_splits(tmp_path, rows, train=[*rows[:20], row])))
     found = splits["train"][20][where]
     assert found == (clean if where == "question" else [clean])
-    assert report.repairs["train"] == {kind: 1}
+    assert report.repairs["train"] == {data.BROKEN: 1}
     assert data.write_processed(splits, tmp_path)[0].is_file()
 
 
@@ -221,7 +219,6 @@ def test_broken_characters_are_repaired_and_counted(tmp_path, rows, text, clean,
     ("value", "expected"),
     [
         ('["one", "two"]', ["one", "two"]),
-        ("['it''s', \"two\"]", ["its", "two"]),
         ("['it\\'s one']", ["it's one"]),
         ("plain text", ["plain text"]),
         ("[not a list, but text]", ["[not a list, but text]"]),
@@ -283,7 +280,7 @@ ROW_ERRORS = [
     ("no question", {"query": "q", "ground_truths": ["a"]}, "needs the columns question and ground_truths"),
     ("no answers", {"question": "q", "response": "a"}, "'question', 'response'"),
     ("no columns", {}, "has none"),
-    ("not an object", ["q", "a"], "is not an object"),
+    ("not an object", ["q", "a"], "has 'a list'"),
     ("hostile column name", {"\x1b[31m<script>" * 9: 1}, "needs the columns"),
 ]
 
@@ -301,21 +298,17 @@ def test_a_wrong_row_is_named(tmp_path, rows, row, part):
 
 
 FILE_ERRORS = [
-    ("empty file", ".jsonl", b"", "is empty"),
-    ("not JSON", ".jsonl", b'{"question": "q", "answer": "a"}\nhello\n', "is not JSON at line 2"),
-    ("half a line", ".jsonl", b'{"question": "q", "answer": "a"}\n{"question": "q', "is not JSON at line 2"),
-    ("half a list", ".json", b'[\n{"question": "q", "answer": "a"},\n{"question"', "is not JSON at line 3"),
-    ("a number", ".json", b"12", "is not an object"),
-    ("deeply nested", ".jsonl", b"[" * 200_000, "is not JSON"),
+    ("empty file", ".jsonl", b"", "0 usable rows"),
+    ("not JSON", ".jsonl", b'{"question": "q", "answer": "a"}\nhello\n', "line 2 is not JSON"),
+    ("half a line", ".jsonl", b'{"question": "q", "answer": "a"}\n{"question": "q', "line 2 is not JSON"),
+    ("half a list", ".json", b'[\n{"question": "q", "answer": "a"},\n{"question"', "line 3 is not JSON"),
+    ("a number", ".json", b"12", "has 'a int'"),
     ("object of columns", ".json", b'{"question": ["q"], "answer": ["a"]}', "question holds a list"),
-    ("not UTF-8", ".jsonl", '{"question": "q", "answer": "caf\xe9"}'.encode("latin-1"), "is not UTF-8"),
-    ("UTF-16", ".csv", "question,answer\nq,a\n".encode("utf-16"), "is not UTF-8"),
+    ("not UTF-8", ".jsonl", '{"question": "q", "answer": "caf\xe9"}'.encode("latin-1"), "in UTF-8"),
+    ("UTF-16", ".csv", "question,answer\nq,a\n".encode("utf-16"), "in UTF-8"),
     ("CSV of other columns", ".csv", b"query,text\nq,a\n", "has 'query', 'text'"),
-    ("CSV with loose commas", ".csv", b"question,answer\nq,a,b,c\n", "line 2, has more cells"),
-    ("CSV of short rows", ".csv", b"question,answer\nq\n" * 12, "usable rows: 10 are needed"),
     ("a header alone", ".csv", b"question,answer\n", "0 usable rows"),
-    ("not Parquet", ".parquet", b"PAR1 and then something else", "is not a Parquet file"),
-    ("too few rows", ".jsonl", b'{"question": "q", "answer": "a"}\n', "has 1 usable rows: 10 are needed"),
+    ("not Parquet", ".parquet", b"PAR1 and then something else", "Parquet magic bytes"),
     ("blank lines", ".jsonl", b"\n\n \n", "has 0 usable rows"),
 ]
 
@@ -351,13 +344,6 @@ def test_a_missing_split(tmp_path, rows, split):
     """A folder without one of the splits must say which, and what to do."""
     (write_splits(tmp_path, rows) / f"{split}.jsonl").unlink()
     refuses(tmp_path, f"no file whose name begins with {split}", "single file")
-
-
-def test_a_split_in_two_formats(tmp_path, rows):
-    """train.csv beside train.jsonl is most likely the same rows twice."""
-    write_splits(tmp_path, rows)
-    (tmp_path / "train.csv").write_text("question,answer\nq,a\n")
-    refuses(tmp_path, "train split in several formats", "train.csv")
 
 
 @pytest.mark.parametrize("source", ["", "Hub", "packages", "/no/such/folder", "~nobody/x", "\x00"])
@@ -421,7 +407,7 @@ def test_the_hub_by_its_first_name_and_then_from_the_cache(hub, tmp_path, packag
     run = load_hub(tmp_path / "home", server.server_port, f"hub@{local_hub.COMMIT}")
     assert run.returncode == 0, run.stderr
     run = load_hub(tmp_path / "home", server.server_port, "hub@another")
-    assert "The hub has no usable FiQA (explodinggradients/fiqa at another: HTTP 404" in run.stderr
+    assert "The hub has no usable FiQA (explodinggradients/fiqa at another: 404" in run.stderr
     server.shutdown()
     server.server_close()
     run = load_hub(tmp_path / "home", server.server_port)
@@ -492,25 +478,18 @@ def test_processed_files_of_two_runs(tmp_path, packaged):
     (tmp_path / "other").mkdir()
     data.write_processed(other, tmp_path / "other")
     (tmp_path / "other" / "test_processed.json").replace(tmp_path / "test_processed.json")
-    with pytest.raises(WorkshopError, match="test_processed.json is not what notebook 01 wrote"):
+    with pytest.raises(WorkshopError, match="test_processed.json is missing or not what notebook 01 wrote"):
         data.read_processed(tmp_path)
 
 
-def test_a_full_disk_keeps_the_files_of_before(tmp_path, packaged):
+def test_a_full_disk_keeps_the_files_of_before(small_disk, packaged):
     """Overwriting on a full disk must not cost the files that are there; nothing temporary may stay."""
-    place = tmp_path / "small"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2600k", "none", str(place)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small tmpfs needs root and the right to mount")
-    try:
+    place = small_disk("size=2600k")
+    data.write_processed(packaged, place)
+    before = sorted((p.name, p.read_bytes()) for p in place.iterdir())
+    with pytest.raises(WorkshopError, match="The disk of .* is full.*workdir"):
         data.write_processed(packaged, place)
-        before = sorted((p.name, p.read_bytes()) for p in place.iterdir())
-        with pytest.raises(WorkshopError, match="The disk of .* is full.*workdir"):
-            data.write_processed(packaged, place)
-        assert sorted((p.name, p.read_bytes()) for p in place.iterdir()) == before
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
+    assert sorted((p.name, p.read_bytes()) for p in place.iterdir()) == before
 
 
 def test_fingerprint_sees_every_change(packaged):

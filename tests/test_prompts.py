@@ -107,7 +107,7 @@ def test_what_smollm2_cannot_spell_is_nothing_that_counts(tiny_tokenizer):
     repairs = Counter()
     text = "".join(map(chr, (0x04, 0x06, 0x13, 0x14, 0x16, 0x1D)))
     row = {"question": f"a{text}b", "ground_truths": [f"c{text}d"]}
-    assert list(clean_rows([(1, row)], "rows", repairs)) == [("ab", ["cd"])]
+    assert list(clean_rows([(1, row)], "rows", repairs)) == [{"question": "ab", "ground_truths": ["cd"]}]
 
 
 def test_plain_prompt_is_the_reference_template(tiny_tokenizer):
