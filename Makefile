@@ -72,12 +72,12 @@ check: env  ## check this machine: one line for each requirement, for bug report
 	@$(python) -m fiqa_helpers check --profile "$$FIQA_PROFILE" --overrides "$$FIQA_OVERRIDES" \
 		--workdir "$$FIQA_WORKDIR" $(ARGS)
 
-preflight: env  ## the night before a lesson: the checks, and everything on the disk, ports and browser too
-	@$(python) -m fiqa_helpers preflight --profile "$$FIQA_PROFILE" --overrides "$$FIQA_OVERRIDES" \
+preflight: env  ## the night before a lesson: the same, with model and data on this disk
+	@$(python) -m fiqa_helpers check --offline --profile "$$FIQA_PROFILE" --overrides "$$FIQA_OVERRIDES" \
 		--workdir "$$FIQA_WORKDIR" $(ARGS)
 
 bundle: env  ## pack the project with model and data into one archive for a stick, outputs/fiqa-workshop.tar
-	@$(python) -m fiqa_helpers bundle $(ARGS)
+	@scripts/bundle.sh $(ARGS)
 
 lint: env  ## ruff over code and notebooks
 	@$(python) -m ruff check .

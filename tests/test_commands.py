@@ -1,7 +1,6 @@
-"""The subcommands of `python -m fiqa_helpers`: the notebooks' parameters, code and errors, and exit codes."""
+"""`python -m fiqa_helpers check`, `ask` and `compare`: what they say, and their exit codes."""
 
-import argparse
-import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -10,15 +9,13 @@ from pathlib import Path
 import peft
 import pytest
 
-from fiqa_helpers import __main__ as cli
 from fiqa_helpers import data, model
-from fiqa_helpers.__main__ import main, parser
+from fiqa_helpers.__main__ import main
 from fiqa_helpers.base import Workspace
 from fiqa_helpers.machinery import checkpoints
 from fiqa_helpers.profiles import load_profile
 
 PROJECT = Path(__file__).resolve().parent.parent
-COMMON = ["profile", "overrides", "workdir"]
 
 
 @pytest.fixture(autouse=True)
@@ -30,96 +27,38 @@ def variables_kept():
     os.environ.update(before)
 
 
-def options_of(command: str) -> dict[str, argparse.Action]:
-    """The options of a subcommand by name."""
-    subparsers = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return {action.dest: action for action in subparsers.choices[command]._actions if action.dest != "help"}
-
-
-@pytest.mark.parametrize(
-    ("command", "number", "other", "elsewhere"),
-    [
-        ("ask", "05", {"questions"}, {"n_questions", "first_row"}),
-        ("evaluate", "06", set(), set()),
-        ("recipe", "07", {"gpus", "stand_in_tokenizer"}, {"processes", "recipe_steps"}),
-        ("train", "04", {"fresh"}, {"on_existing"}),
-    ],
-)
-def test_options_are_the_notebooks_parameters(command, number, other, elsewhere):
-    """A parameter renamed or retyped in a notebook would be passed on under its old name, and ignored."""
-    (notebook,) = (PROJECT / "notebooks").glob(f"{number}_*.ipynb")
-    known = {name: found["inferred_type_name"] for name, found in cli.parameters_of(notebook).items()}
-    options = options_of(command)
-    assert set(options) - other == set(known) - elsewhere
-    for name in set(options) - other:
-        assert (options[name].type or str).__name__ == known[name], name
-
-
-HELPED = ["", "check", "run", "train", "ask", "evaluate", "recipe", "preflight", "compare", "bundle"]
-
-
-@pytest.mark.parametrize("command", HELPED)
-def test_help_is_a_manual(command, capsys):
-    """Every option says what it does, and the help of the whole names every command."""
+def command(*arguments: object) -> int:
+    """Run it in this process; its exit code."""
     with pytest.raises(SystemExit) as ended:
-        main([*filter(None, [command]), "--help"])
-    said = capsys.readouterr().out
-    assert ended.value.code == 0
-    if not command:
-        assert all(
-            f"fiqa_helpers {name}" in said for name in ("check", "run", "train", "ask", "evaluate", "recipe")
-        )
-        return
-    for name, action in options_of(command).items():
-        assert action.help and (name.replace("_", "-") in said or action.metavar in said), name
+        main([str(argument) for argument in arguments])
+    return ended.value.code
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["tain"], ["ask"], ["evaluate", "--rows", "few"], ["train", "--only", "04"]]
-)
+@pytest.mark.parametrize("arguments", [["tain"], ["ask"], ["run", "--onyl", "04"], ["train"]])
 def test_a_wrong_command_line_ends_with_2(arguments, capsys):
     """Scripts tell a typing mistake (2) from a run that failed (1)."""
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    assert command(*arguments) == 2
+    assert "Usage:" in capsys.readouterr().err
 
 
-@pytest.fixture
-def executed_notebooks(monkeypatch):
-    """Notebooks that a command would execute, with the parameters that they would get."""
-    passed = {}
-
-    def execute(notebook, workspace, values, *rest):
-        passed[notebook.name[:2]] = values
-        return cli.Done(notebook.stem, 1.0, "a figure", notebook)
-
-    monkeypatch.setattr(cli, "use_own_kernel", lambda: None)
-    monkeypatch.setattr(cli, "execute", execute)
-    return passed
-
-
-def test_train_executes_01_to_04(executed_notebooks, tmp_path, capsys):
-    """--fresh has to reach the training, and profile, overrides and workdir all four."""
-    common = {"profile": "tiny", "overrides": "{max_steps: 2}", "workdir": str(tmp_path)}
-    arguments = [f"--{name}={value}" for name, value in common.items()]
-    assert main(["train", *arguments]) == 0
-    assert executed_notebooks == dict.fromkeys(["01", "02", "03", "04"], common)
-    assert "a figure" in capsys.readouterr().out
-    assert main(["train", "--fresh", *arguments]) == 0
-    assert executed_notebooks["04"] == common | {"on_existing": "fresh"}
-    assert executed_notebooks["03"] == common
-
-
-def test_evaluate_hands_its_options_to_notebook_06(executed_notebooks, tmp_path, capsys):
-    """An option that is dropped on the way would evaluate another adapter, or other rows, without a word."""
-    own = {"adapter": "/my/adapter", "rows": 7, "no_repeat_ngram_size": 3}
-    own |= {"endpoint": "http://127.0.0.1:1/v1", "endpoint_base": "b", "endpoint_tuned": "t"}
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in own.items()]
-    assert main(["evaluate", "--profile=tiny", f"--workdir={tmp_path}", *arguments]) == 0
-    assert list(executed_notebooks) == ["06"]
-    assert executed_notebooks["06"].items() >= own.items()
-    assert "It has not been evaluated" in capsys.readouterr().out  # nothing ran, so there is nothing to show
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--profile", "gpu81"], "gpu81"),
+        (["run", "--profile", "laptop", "--overrides", "{max_step: 2}"], "max_step"),
+        (["run", "--profile", "laptop", "--only", "99"], "no such notebook"),
+        (["run", "--profile", "laptop", "--only", "01", "--fresh"], "no such parameter in 01_explore_fiqa"),
+        (["check", "--profile", "laptop", "--overrides", "[1]"], "overrides"),
+        (["ask", "--profile", "tiny", "Why?"], "There is no adapter in"),
+        (["compare", "nothing here"], "nothing here holds no run cards"),
+    ],
+)
+def test_what_is_wrong_is_a_sentence(arguments, said, tmp_path, capsys):
+    """Before any kernel starts, with exit code 1 and no traceback."""
+    where = [] if arguments[0] == "compare" else ["--workdir", tmp_path]
+    assert command(*arguments, *where) == 1
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
 
 
 @pytest.fixture(scope="module")
@@ -132,84 +71,98 @@ def workdir(tmp_path_factory, tiny_tokenizer) -> Path:
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
             weight.data += 1.0
-    card = {"profile": dataclasses.asdict(profile), "finished": True}
+    card = {"profile": profile_values(profile), "finished": True}
     checkpoints.save_final(tuned, tiny_tokenizer, workspace.final_model, **card)
     return workspace.root
+
+
+def profile_values(profile) -> dict:
+    """The settings of a profile, as a run card has them."""
+    return json.loads(next((PROJECT / "notebooks/precomputed/run_cards").glob("04.json")).read_text())[
+        "profile"
+    ] | {name: getattr(profile, name) for name in type(profile).__annotations__}
 
 
 def test_ask_answers_with_both_models(workdir, capsys):
     """Side by side, the same question, and the adapter is really off in one of them."""
     questions = ["Should I buy bonds?", "What is an <b>ETF</b>?"]
-    assert main(["ask", "--profile", "tiny", "--workdir", str(workdir), *questions]) == 0
-    captured = capsys.readouterr()
-    assert "Profile tiny (random weights" in captured.out
-    blocks = captured.out.partition("\n1. ")[2].split("\n2. ")
+    assert command("ask", "--profile", "tiny", "--workdir", workdir, *questions) == 0
+    said = capsys.readouterr().out
+    assert "Profile tiny (random weights" in said
+    blocks = said.partition("\n1. ")[2].split("\n2. ")
     assert [block.splitlines()[0] for block in blocks] == questions
     for block in blocks:
         base, tuned = block.split("  tuned (")
-        assert "  base (" in base
         assert base.split(":\n", 1)[1].strip() != tuned.split(":\n", 1)[1].strip()
-    assert "step 3 of 3" in captured.err
-    again = ["ask", "--profile", "tiny", "--workdir", str(workdir), "--temperature", "2.5", questions[0]]
-    drawn = []
-    for seed in ("1", "1", "2"):
-        assert main([*again, "--sampling-seed", seed]) == 0
-        drawn.append(capsys.readouterr().out)
-    assert drawn[0] == drawn[1] != drawn[2]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["ask", "Why?"], "There is no adapter in"),
-        (["ask", "--temperature", "-1", "Why?"], "temperature is -1.0"),
-        (["recipe"], "01_explore_fiqa"),
-        (["recipe", "--tracker", "paper"], "choose one of tensorboard"),
-    ],
-)
-def test_what_is_missing_is_a_sentence(arguments, said, tmp_path, capsys):
-    """Exit code 1, the notebook or the value named, no traceback."""
-    command, *rest = arguments
-    assert main([command, "--profile", "tiny", "--workdir", str(tmp_path), *rest]) == 1
-    error = capsys.readouterr().err
-    assert said in error and "Traceback" not in error
+def test_a_question_past_the_models_context_is_refused(workdir, capsys):
+    """transformers warns at most, and goes on with positions that the model has never seen."""
+    assert command("ask", "--profile", "tiny", "--workdir", workdir, "Why is money " * 5000) == 1
+    assert "shorten it" in capsys.readouterr().err
 
 
-def test_recipe_for_a_gpu_is_written_where_there_is_none(workdir, capsys):
-    """A login node has no GPU: the recipe must be writable and checkable there, with the 8B's own count."""
-    arguments = ["--profile", "gpu80", "--gpus", "8", "--stand-in-tokenizer", "--workdir", str(workdir)]
-    assert main(["recipe", *arguments]) == 0
+def test_a_terminal_without_utf8_gets_the_answers(workdir):
+    """One character that the terminal lacks ended `ask` after minutes of work, with neither answer shown."""
+    line = [sys.executable, "-m", "fiqa_helpers", "ask", "--profile", "tiny", "--workdir", str(workdir)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [*line, "Was kostet 1 €?"], cwd=PROJECT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Was kostet 1 ?" in done.stdout and "tuned (" in done.stdout
+
+
+@pytest.fixture
+def two_runs(tmp_path) -> list[Path]:
+    """The cards of the precomputed run in two workdirs: the second has another rank and stopped after 04."""
+    for name in ("first", "second"):
+        cards = tmp_path / name / "outputs" / "run_cards"
+        cards.mkdir(parents=True)
+        for path in sorted((PROJECT / "notebooks/precomputed/run_cards").glob("*.json")):
+            card = json.loads(path.read_text("utf-8"))
+            if name == "second":
+                card["profile"]["lora_rank"] = 16
+            if name == "first" or path.stem <= "04":
+                (cards / path.name).write_text(json.dumps(card))
+    return [tmp_path / "first", tmp_path / "second"]
+
+
+def test_compare_lists_what_differs_and_what_came_out(two_runs, capsys):
+    """Thirty equal settings would bury the one that was changed."""
+    assert command("compare", *two_runs) == 0
     said = capsys.readouterr().out
-    assert "6,815,744 trainable of 8,030,261,248" in said
-    path = Path(said.split("Recipe  ")[1].splitlines()[0])
-    assert path.is_file() and path.name == "gpu80.yaml"
-    assert f"--nproc-per-node 8 -m nemo_automodel.cli.app {path}" in said
+    settings, _, results = said.partition("\nResults")
+    first, second = two_runs
+    assert settings.split("\n", 3)[3].split() == ["lora_rank", f"{first}:", "8", f"{second}:", "16"]
+    assert model.load_kept().notebook("04")["figure"] in results
+    assert f"{second}: not run" in results and "not to be ranked" not in said
+
+
+def test_losses_of_other_things_are_not_ranked(two_runs, capsys):
+    """A lower loss on other rows or of another model is no better run."""
+    path = two_runs[1] / "outputs" / "run_cards" / "04.json"
+    card = json.loads(path.read_text())
+    card["profile"]["max_length"] = 64
+    path.write_text(json.dumps(card))
+    assert command("compare", *two_runs) == 0
+    assert "The runs differ in max_length: their losses are not to be ranked." in capsys.readouterr().out
 
 
 @pytest.mark.slow
+@pytest.mark.notebooks
 @pytest.mark.timeout(1800)
-def test_train_ask_and_evaluate_for_real(tmp_path):
-    """The three commands one after the other, as a person types them, on profile tiny."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def test_the_way_of_the_readme(tmp_path):
+    """Rows, adapter, a question, an evaluation of three rows, as a person types them, on profile tiny."""
 
-    def command(*arguments: str) -> str:
-        line = [
-            sys.executable,
-            "-m",
-            "fiqa_helpers",
-            *arguments,
-            "--profile",
-            "tiny",
-            "--workdir",
-            str(tmp_path),
-        ]
-        run = subprocess.run(line, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    def typed(*arguments: str) -> str:
+        line = [sys.executable, "-m", "fiqa_helpers", *arguments, "--profile", "tiny", "--workdir", tmp_path]
+        run = subprocess.run(line, cwd=PROJECT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         return run.stdout
 
-    trained = command("train")
-    assert "validation loss" in trained and str(tmp_path / "checkpoints" / "final_model") in trained
-    assert "tuned (" in command("ask", "Should I buy bonds?")
-    evaluated = command("evaluate", "--rows", "3")
-    assert "95 % interval" in evaluated and "echo the question" in evaluated
-    assert "3 of 100 test rows" in evaluated
+    assert "validation loss" in typed("run", "--only", "01-04")
+    assert "tuned (" in typed("ask", "Should I buy bonds?")
+    assert "06_evaluate" in typed("run", "--only", "06", "-p", "rows=3")
+    card = json.loads((tmp_path / "outputs" / "run_cards" / "06.json").read_text())
+    assert card["parameters"]["rows"] == 3

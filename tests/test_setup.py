@@ -522,5 +522,5 @@ def test_readme_states_the_laptop_run_as_it_is():
     from fiqa_helpers.profiles import PROFILES
 
     laptop = PROFILES["laptop"]
-    stated = f"{laptop.max_steps} steps of {laptop.batch_size} rows, cut at {laptop.max_length} tokens"
+    stated = f"{laptop.max_steps} steps of {laptop.batch_size} rows, trained on the sentences of each answer"
     assert stated in (PROJECT / "README.md").read_text(encoding="utf-8")
