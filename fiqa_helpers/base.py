@@ -339,20 +339,6 @@ def check_space(cache: Path, needed: int) -> None:
         )
 
 
-def publish(made: Path, target: Path) -> None:
-    """Move the finished folder `made` to `target` in one step. Call it while holding the lock.
-
-    A damaged `target` is moved out of the way first; a kill in between leaves none: the next call repairs it.
-    """
-    for path in made.rglob("*"):
-        if path.is_file():
-            path.chmod(0o644)  # some libraries write private files; the cache may be shared
-            to_disk(path)
-    if target.exists():
-        os.replace(target, made.parent / "damaged")  # in the working folder: it goes with it
-    os.replace(made, target)
-
-
 def to_disk(path: Path) -> None:
     """Have the system write a file, or the names in a folder, to the disk: they survive a loss of power."""
     handle = os.open(path, os.O_RDONLY)

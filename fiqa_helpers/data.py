@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 from fiqa_helpers import show
 from fiqa_helpers.base import WorkshopError, Workspace, atomic_writer, disk_errors, project_root
@@ -68,23 +69,23 @@ def load_fiqa(source: str = "packaged", workspace: Workspace | None = None) -> "
 
 def load_with_report(source: str, workspace: Workspace | None = None) -> tuple["DatasetDict", LoadReport]:
     """As `load_fiqa`, with the report handed back instead of printed."""
+    if source.partition("@")[0] == "hub":
+        words, found = load_from_hub(source.partition("@")[2])
+        return _made({split: [(split, enumerate(found.get(split, []), 1))] for split in SPLITS}, words)
     if source == "packaged":
         asset, path = ASSETS["fiqa_test"], fiqa_test_file()
         words = f"Packaged FiQA rows ({asset.package} {asset.version}, {asset.licence})"
         return _made({path.name: [(path.name, read_rows(path))]}, words, validation=48, test=100)
-    if source == "hub" or source.startswith("hub@"):
-        words, found = load_from_hub(source.removeprefix("hub").removeprefix("@"))
-        return _made({split: [(split, enumerate(found.get(split, []), 1))] for split in SPLITS}, words)
     path = _find(source, workspace)
     files = [path] if path.is_file() else sorted(path.iterdir())
     files = [file for file in files if file.suffix.lower() in READERS and file.name != MANIFEST]
     if not files:
         raise WorkshopError(f"{path} holds no rows: data must be {', '.join(READERS)} files.")
     if len(files) == 1:
-        words = f"{files[0]}, a single file, split by hash 80/10/10"
-        return _made({files[0].name: [(files[0].name, read_rows(files[0]))]}, words)
-    named = {split: _files_of(split, files, path) for split in SPLITS}
-    return _made({s: [(f.name, read_rows(f)) for f in found] for s, found in named.items()}, str(path))
+        words, named = f"{files[0]}, a single file, split by hash 80/10/10", {files[0].name: files}
+    else:
+        words, named = str(path), {split: _files_of(split, files, path) for split in SPLITS}
+    return _made({s: [(f.name, read_rows(f)) for f in found] for s, found in named.items()}, words)
 
 
 def _find(source: str, workspace: Workspace | None) -> Path:
@@ -152,16 +153,13 @@ def from_cache(revision: str, reason: str) -> tuple[str, "DatasetDict"]:
     """
     from datasets import config, load_dataset
 
-    was_offline, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True  # else it asks the hub for half a minute
-    try:
+    with mock.patch.object(config, "HF_HUB_OFFLINE", True):  # else it asks the hub for half a minute
         for name in HUB_NAMES:
             with contextlib.suppress(Exception):  # each way of not being cached is another kind of error
                 splits = load_dataset(name, CONFIG)
                 commit = Path(splits["train"].cache_files[0]["filename"]).parent.name
                 if commit.startswith(revision):
                     return f"{name}, config {CONFIG}, revision {commit}, cached (no hub: {reason})", splits
-    finally:
-        config.HF_HUB_OFFLINE = was_offline
     raise WorkshopError(f"The hub cannot be reached ({reason}): {REMEDY}.") from None
 
 

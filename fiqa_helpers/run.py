@@ -105,11 +105,11 @@ class Run:
 
     def save_plot(self, figure, name: str, alt: str):
         """Save a matplotlib figure as `outputs/plots/NAME.png` and return it for display, with alt text."""
-        from IPython.display import Image
+        from fiqa_helpers.show import Picture
 
         path = self.workspace.plots / f"{name}.png"
         figure.savefig(path, dpi=100)
-        return Image(path.read_bytes(), format="png", alt=alt)
+        return Picture(path.read_bytes(), alt)
 
     def finish(self, figure: str, files: list[Path] | None = None, **facts: object) -> None:
         """Write the run card: `figure` is the main result in a few words, `facts` its numbers."""

@@ -1,5 +1,6 @@
 """Tokens and answers as a reader sees them: escaped HTML in a notebook, plain text everywhere else."""
 
+import base64
 import html
 import os
 import sys
@@ -16,6 +17,10 @@ _READ = "border:1px dotted #888"
 _STRIP = "line-height:1.9;font-family:monospace;overflow-wrap:anywhere"
 _TABLE = "width:100%;table-layout:fixed;color:inherit;text-align:left;vertical-align:top"
 _CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:break-word"
+_DARK = (
+    "<style>.fiqa-picture{max-width:100%} "
+    '[data-jp-theme-light="false"] .fiqa-picture{filter:invert(.93) hue-rotate(180deg)}</style>'
+)
 _TEXT_WIDTH = 100  # characters of a line in the plain-text form
 
 
@@ -30,6 +35,30 @@ class Shown:
 
     def __repr__(self) -> str:
         return self.text
+
+
+class Picture:
+    """A PNG to display, with its alternative text wherever it is shown.
+
+    JupyterLab gives a PNG the text "Image", so a person gets an <img> as well; it turns dark with the theme.
+    """
+
+    def __init__(self, png: bytes, alt: str):
+        self.png, self.alt = base64.b64encode(png).decode(), alt
+
+    @property
+    def html(self) -> str:
+        source = f"data:image/png;base64,{self.png}"
+        return f'{_DARK}<img class="fiqa-picture" alt="{html.escape(self.alt)}" src="{source}">'
+
+    def _repr_mimebundle_(self, **_: object) -> tuple[dict, dict]:
+        data = {"image/png": self.png, "text/plain": self.alt}
+        if is_interactive():
+            data["text/html"] = self.html
+        return data, {"image/png": {"alt": self.alt}}
+
+    def __repr__(self) -> str:
+        return self.alt
 
 
 def escape(text: str) -> str:

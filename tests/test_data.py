@@ -11,7 +11,7 @@ import local_hub
 import pytest
 
 from fiqa_helpers import data
-from fiqa_helpers.base import WorkshopError, Workspace
+from fiqa_helpers.base import WorkshopError, Workspace, digest
 
 
 @pytest.fixture(scope="session")
@@ -45,20 +45,6 @@ def questions(splits) -> dict[str, list[str]]:
 # ---------------------------------------------------------------- the packaged rows
 
 
-def test_packaged_split(packaged):
-    """The sizes and the columns that every later notebook relies on."""
-    assert {split: len(packaged[split]) for split in packaged} == {
-        "train": 500,
-        "validation": 48,
-        "test": 100,
-    }
-    for split in packaged.values():
-        assert split.column_names == ["question", "ground_truths"]
-        for row in split:
-            assert isinstance(row["question"], str) and row["question"].strip()
-            assert isinstance(row["ground_truths"], list) and all(row["ground_truths"])
-
-
 def test_packaged_split_never_changes(packaged):
     """Results of two machines can be compared only if both split the rows alike: these are today's hashes."""
     assert {split: data.fingerprint(packaged[split])[:16] for split in packaged} == {
@@ -66,13 +52,6 @@ def test_packaged_split_never_changes(packaged):
         "validation": "7b57ea9de7c7b145",
         "test": "b64221663054240d",
     }
-
-
-def test_packaged_split_loses_no_row(packaged, fiqa_rows):
-    """A split must be a partition of the 648 rows: nothing twice, nothing lost."""
-    found = [question for part in questions(packaged).values() for question in part]
-    assert sorted(found) == sorted(row["question"].strip() for row in fiqa_rows)
-    assert len(set(found)) == 648
 
 
 def test_what_was_loaded_is_printed(capsys):
@@ -154,12 +133,6 @@ def test_a_relative_folder_is_found_in_the_workspace(tmp_path, rows, monkeypatch
     write_splits(tmp_path / "mine", rows)
     monkeypatch.chdir("/")
     assert data.load_with_report("mine", Workspace(str(tmp_path)))[1].rows["train"] == 20
-
-
-def test_json_lines_in_a_file_called_json(tmp_path, rows):
-    """Many tools write one object per line and call it .json."""
-    write_jsonl(tmp_path / "mine.json", rows)
-    assert sum(data.load_with_report(str(tmp_path))[1].rows.values()) == 40
 
 
 def test_right_to_left_and_other_scripts_stay(tmp_path, rows):
@@ -438,7 +411,11 @@ def test_no_hub(tmp_path):
 def test_processed_files_come_back_equal(tmp_path, packaged):
     """What notebook 01 writes is what notebooks 02 to 06 read."""
     written = data.write_processed(packaged, tmp_path, "packaged")
-    assert [p.name for p in written] == ["train_processed.json", "val_processed.json", "test_processed.json"]
+    assert {path.name: digest(path)[:16] for path in written} == {
+        "train_processed.json": "d0a88e972ce6abca",
+        "val_processed.json": "90d7ff371191762f",
+        "test_processed.json": "d48fd4f07f1ba643",
+    }
     back = data.read_processed(tmp_path)
     assert {s: data.fingerprint(back[s]) for s in back} == {
         s: data.fingerprint(packaged[s]) for s in packaged

@@ -24,7 +24,7 @@ BUDGET = {
     "lesson rooms": (1700, 2913),
     "machinery": (1400, 3958),
     "files": (23, 24),
-    "templates": (250, 0),
+    "templates": (250, 182),
     "tests": (7000, 13_764),
     "benchmarks": (950, 1382),
     "scripts": (450, 517),

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nbformat
+import pandas as pd
 import pytest
 
 pytestmark = pytest.mark.notebooks
@@ -82,3 +84,17 @@ def test_plots_are_small_pictures_with_words(executed):
     pictures = [o for o in shown if "image/png" in o.get("data", {})]
     assert len(pictures) == 4
     assert all(len(o["metadata"]["image/png"]["alt"]) > 30 for o in pictures)
+
+
+@pytest.mark.parametrize(
+    "text", ["12 $ 7 % \U0001f4b8", "7", "? !", "\u682a"], ids=["numbers", "one", "signs", "letter"]
+)
+def test_rows_without_words_have_groups_too(project, text):
+    """A list of tickers, or of numbers, has no word that comes twice: k-means had nothing to weigh."""
+    notebook = nbformat.read(project / "notebooks" / "01_explore_fiqa.ipynb", 4)
+    code = {cell["id"]: cell.source for cell in notebook.cells}
+    rows = {"question": [f"{text} {i}" for i in range(12)], "answer": [text] * 12}
+    names = {"profile": SimpleNamespace(seed=1), "rows": pd.DataFrame(rows)}
+    imports = [line for line in code["01-04"].splitlines() if "pandas" in line or "sklearn" in line]
+    exec("\n".join([*imports, code["01-28"]]), names)
+    assert names["sizes"].sum() == 12

@@ -336,7 +336,7 @@ def test_stop_saves_a_checkpoint(run, tmp_path):
         ends = time.monotonic() + 300
         while not read_metrics(tmp_path / "out") and time.monotonic() < ends:
             time.sleep(0.1)
-        panel._output.stop.set()
+        panel.stop.set()
 
     person = threading.Thread(target=press_stop)
     person.start()

@@ -1186,28 +1186,21 @@ class RecipePanel(LivePanel):
     def __init__(self, title: str, png: Path | None = None, live: bool | None = None):
         super().__init__([], lambda questions: [], 0, title, png, live)
 
-    def __enter__(self) -> "RecipePanel":
-        super().__enter__()
-        if (button := getattr(self._output, "_sample", None)) is not None:
-            button.layout.display = "none"  # the model is in other processes: nobody to ask
-        return self
-
     def take(self, folder: Path) -> None:
         """Show what the run's metrics files hold by now. Steps are counted from 1, as the Trainer does."""
         self.history = read_metrics(folder)
         trained = [row for row in self.history if "loss" in row]
         if trained:
             self.step, self.total = trained[-1]["step"], trained[-1]["steps"]
-            self._step_seconds = trained[-1].get("seconds")
-        self._show(EVALUATING if self.step == self.total else TRAINING)
+        self.show(EVALUATING if self.step == self.total else TRAINING)
 
     def wants_to_stop(self) -> bool:
         """Was the Stop button pressed?"""
-        return self._output.stop.is_set()
+        return self.stop.is_set()
 
     def waits(self, phase: str) -> None:
         """Say what is going on before there are metrics."""
-        self._show(phase)
+        self.show(phase)
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -120,6 +120,45 @@ def test_sample_now_is_answered_after_the_step(start, page):
     assert notebook.errors() == []
 
 
+def wait_for_file(path: Path, text: str, seconds: float = 60) -> None:
+    """Wait until a file that another process writes is there and holds `text`."""
+    end = time.monotonic() + seconds
+    while not path.is_file() or text not in path.read_text(encoding="utf-8", errors="replace"):
+        assert time.monotonic() < end, f"{path.name}: no {text!r} within {seconds} s"
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_a_reloaded_page_finds_the_panel_and_its_buttons(start, served, page):
+    """F5 could leave "Loading widget...", no way to stop, and at the end neither panel nor picture."""
+    notebook = start("reloaded", steps=200, seconds=0.5)
+    at_step(page, 2)
+    wait_for_file(served / "reloaded.ipynb", "widget-view+json")  # the panel had it saved
+    page.reload()
+    page.wait_for_selector(".fiqa-panel svg", timeout=60_000)
+    at_step(page, at_step(page, 4) + 2)  # it moves
+    notebook.shot("panel-small-reloaded", of=".fiqa-panel")
+    page.locator(".fiqa-panel .jupyter-button", has_text="Stop").click()
+    page.locator(".fiqa-panel img[alt*='(Stop button)']").wait_for(timeout=60_000)
+    assert page.get_by_text("Run All Cells fills in the rest").is_visible()
+    assert page.locator(".fiqa-panel .jupyter-button").count() == 0
+    notebook.shot("panel-small-reloaded-end", of=".fiqa-panel")
+
+
+@pytest.mark.slow
+def test_a_page_that_was_away_at_the_end_finds_the_picture(start, served, page):
+    """Closed while it trains and opened when it is over, the page could show "model not found"."""
+    notebook = start("away", steps=12, seconds=0.5)
+    wait_for_file(served / "away.ipynb", "widget-view+json")
+    address = page.url
+    page.goto("about:blank")
+    wait_for_file(served / "away" / "picture.png", "IEND")
+    page.goto(address)
+    page.locator(".fiqa-panel img[alt*='finished 12 steps']").wait_for(timeout=60_000)
+    assert page.get_by_text("Run All Cells fills in the rest").is_visible()
+    notebook.shot("panel-small-away", of=".fiqa-panel")
+
+
 @pytest.mark.slow
 def test_an_answer_that_is_read_is_left_alone(start, page):
     """Each new drawing could scroll an answer back, lose the marked text, or throw the keyboard out."""
