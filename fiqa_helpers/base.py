@@ -6,10 +6,8 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -289,54 +287,6 @@ def is_open(answer: object) -> bool:
         constants = answer.__code__.co_consts
         return ... in constants or any(isinstance(part, tuple) and ... in part for part in constants)
     return answer is None or answer is ...
-
-
-# --- Used until assets, checkpoints and the command line are rewritten.
-
-
-@contextlib.contextmanager
-def exclusive(cache: Path, name: str) -> Iterator[Path]:
-    """Hold the lock `name` in `cache` and hand out an empty working folder beside it, gone at the end.
-
-    What a killed process left behind lies in such a folder and is removed by the next one to hold the lock;
-    the lock itself dies with its process.
-
-    Raises:
-        WorkshopError: the disk is full or can't be written, here or inside the block.
-    """
-    from filelock import FileLock, Timeout
-
-    with disk_errors(cache, "set FIQA_CACHE to another folder"):
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache / f".{name}.lock")
-        try:
-            lock.acquire(timeout=2)
-        except Timeout:
-            say(f"Another process is preparing {name}: waiting for it ...")
-            lock.acquire()
-        try:
-            for leftover in cache.glob(f".tmp-{name}-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            with tempfile.TemporaryDirectory(
-                prefix=f".tmp-{name}-", dir=cache, ignore_cleanup_errors=True
-            ) as work:
-                yield Path(work)
-        finally:
-            lock.release()
-
-
-def check_space(cache: Path, needed: int) -> None:
-    """Refuse early what would not fit. `needed` in bytes.
-
-    Raises:
-        WorkshopError: with both figures.
-    """
-    free = shutil.disk_usage(cache).free
-    if free < needed:
-        raise WorkshopError(
-            f"{cache} has {free / 1e6:,.0f} MB free and {needed / 1e6:,.0f} MB are needed: "
-            "free some space or set FIQA_CACHE to another folder."
-        )
 
 
 def to_disk(path: Path) -> None:

@@ -178,7 +178,7 @@ def _mapping(overrides: str) -> dict[str, Any]:
     except Exception:  # PyYAML lets ValueError, IndexError and RecursionError through
         wanted = None
     if not isinstance(wanted, dict):
-        raise WorkshopError(f"overrides is {shown(overrides)}: write a mapping such as {{max_steps: 20}}.")
+        raise WorkshopError(f"overrides is {shown(overrides)}: write a YAML mapping like {{max_steps: 20}}.")
     for key in wanted:
         if key not in SETTINGS:
             near = difflib.get_close_matches(str(key).lower(), SETTINGS, n=1)

@@ -1,16 +1,11 @@
 """How a notebook begins and ends: parameters checked, settings that travel, noise quieted, a run card."""
 
-import contextlib
 import difflib
 import logging
 import os
 import re
-import shutil
-import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +21,7 @@ from fiqa_helpers.base import (
 )
 from fiqa_helpers.machinery import machine
 from fiqa_helpers.profiles import MUST_AGREE, REFERENCE, Profile, load_profile, profile_name
+from fiqa_helpers.show import Picture
 
 _NAMES = "00_start_here 01_explore_fiqa 02_format_prompts 03_set_up_lora 04_train 05_generate 06_evaluate"
 NOTEBOOKS = {name[:2]: name for name in [*_NAMES.split(), "07_scale_out"]}
@@ -105,8 +101,6 @@ class Run:
 
     def save_plot(self, figure, name: str, alt: str):
         """Save a matplotlib figure as `outputs/plots/NAME.png` and return it for display, with alt text."""
-        from fiqa_helpers.show import Picture
-
         path = self.workspace.plots / f"{name}.png"
         figure.savefig(path, dpi=100)
         return Picture(path.read_bytes(), alt)
@@ -129,9 +123,9 @@ class Run:
                 files=[self.workspace.shown(file) for file in files or []],
                 facts=facts,
             )
-        print(f"{self.profile.banner()}\n{figure}")
-        print(f"Notebook {self.number} took {minutes:.1f} minutes and at most {peak:.1f} GiB;", end=" ")
-        print(f"its run card is {self.workspace.shown(path)}.")
+        took = f"Notebook {self.number} took {minutes:.1f} minutes and at most {peak:.1f} GiB"
+        card = self.workspace.shown(path)
+        print(f"{self.profile.banner()}\n{figure}\n{took}; its run card is {card}.")
 
 
 def check_parameters(namespace: dict) -> dict:
@@ -183,53 +177,3 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", category=UserWarning, module=name)
     for name in ("nemo_automodel", "torchao", "torch.utils._pytree", "transformers", "httpx", "liger_kernel"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-# --- A line of progress on stderr for work of many parts, on a terminal and in a log.
-
-LOG_SECONDS = 60  # between two lines where stderr is no terminal
-
-
-@contextlib.contextmanager
-def progress(label: str, unit: str = "cell") -> Iterator[Callable[[int, int, str], None]]:
-    """A line on stderr for one notebook: the cell, its heading, the time. (Or other `unit`s of other work.)
-
-    Rewritten each second on a terminal; in a log, one line a minute.
-    """
-    terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    start, state, stop = time.monotonic(), {"cell": 0, "of": 0, "heading": ""}, threading.Event()
-
-    def line() -> str:
-        minutes, seconds = divmod(int(time.monotonic() - start), 60)
-        cell = f"{unit} {state['cell']} of {state['of']}"
-        return f"{label}  {cell}  {minutes}:{seconds:02d}  {state['heading']}"
-
-    def show() -> None:
-        if terminal:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\033[K{line()[:width]}", end="", file=sys.stderr, flush=True)
-        else:
-            print(line(), file=sys.stderr, flush=True)
-
-    def keep_showing() -> None:
-        while not stop.wait(1 if terminal else LOG_SECONDS):
-            show()
-
-    def report_cell(cell: int, total: int, heading: str) -> None:
-        state.update(cell=cell, of=total, heading=heading)
-
-    if not terminal:
-        print(f"{label}  started", file=sys.stderr, flush=True)
-    thread = threading.Thread(target=keep_showing, daemon=True)
-    thread.start()
-    outcome = "failed"
-    try:
-        yield report_cell
-        outcome = "done"
-    finally:
-        stop.set()
-        thread.join()
-        state["heading"] = outcome
-        show()
-        if terminal:
-            print(file=sys.stderr)

@@ -110,7 +110,7 @@ CASES = [
         ("Notebook 01_explore_fiqa", "run it first"),
     ),
     # overrides: syntax, names, types, ranges (more of them in test_profiles.py)
-    overrides("max_steps", "overrides is 'max_steps'", "mapping"),
+    overrides("max_steps", "overrides is 'max_steps'", "YAML mapping"),
     overrides("{max_steps: 20", "mapping"),
     overrides("{max_step: 3}", "'max_step'", "did you mean max_steps?"),
     overrides("{max_steps: soon}", "max_steps is 'soon'", "valid integer"),
