@@ -38,7 +38,7 @@ run: env  ## run the whole tutorial without a browser, with progress; ends with 
 	@$(python) -m fiqa_helpers run --profile "$$FIQA_PROFILE" --overrides "$$FIQA_OVERRIDES" \
 		--workdir "$$FIQA_WORKDIR" --only "$$FIQA_ONLY" $(if $(filter-out 0 no false,$(FRESH)),--fresh) $(ARGS)
 
-test: env  ## lint, unit tests, and every notebook executed once
+test: env  ## lint, unit tests, and every notebook executed once, shortened
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
 	@$(call extra,book,myst_nb furo)
@@ -59,7 +59,7 @@ lab: env  ## open the workshop in JupyterLab
 
 book: env  ## render the executed notebooks and the docs as a static site in outputs/book
 	@$(call extra,book,myst_nb furo)
-	@$(python) scripts/make_book.py --workdir "$$FIQA_WORKDIR" $(ARGS)
+	@$(python) scripts/make_book.py "$$FIQA_WORKDIR" $(ARGS)
 
 bench: env  ## speed beside TRL, NeMo and others: on a GPU the 8B model (about 6 minutes), else the laptop profile
 	@$(call extra,bench,trl)

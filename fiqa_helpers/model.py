@@ -16,7 +16,7 @@ from unittest import mock
 
 from fiqa_helpers.base import WorkshopError, Workspace, cache_dir, project_root, read_card
 from fiqa_helpers.machinery import assets, machine
-from fiqa_helpers.profiles import MUST_AGREE, PROFILES, REFERENCE
+from fiqa_helpers.profiles import MUST_AGREE, PROFILES, REFERENCE, Profile
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,14 +24,12 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from fiqa_helpers.profiles import Profile
-
 # --- Base models through NeMo AutoModel, on GPU and CPU; LoRA by PEFT; parameters counted without weights.
 
 SPARE_TOKENS = ("<|finetune_right_pad_id|>", "<reponame>", "<pad>", "<unk>", "<|endoftext|>")
 
 
-def model_path(profile: "Profile") -> str:
+def model_path(profile: Profile) -> str:
     """What `from_pretrained` is given: a hub id, or a folder (the packaged model's is made on first use)."""
     if profile.model == "packaged":
         return str(assets.smollm2_folder())
@@ -41,7 +39,7 @@ def model_path(profile: "Profile") -> str:
     return str(folder) if folder.is_dir() else profile.model
 
 
-def load_tokenizer(profile: "Profile") -> "PreTrainedTokenizerBase":
+def load_tokenizer(profile: Profile) -> "PreTrainedTokenizerBase":
     """The model's tokenizer, with a padding token that is not its end token.
 
     With pad = eos the end token is masked like padding, and the model never learns to stop.
@@ -63,7 +61,7 @@ def load_tokenizer(profile: "Profile") -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def base_config(profile: "Profile") -> "PretrainedConfig":
+def base_config(profile: Profile) -> "PretrainedConfig":
     """The base model's architecture, without its weights."""
     from transformers import AutoConfig
 
@@ -73,7 +71,7 @@ def base_config(profile: "Profile") -> "PretrainedConfig":
         )
 
 
-def load_base(profile: "Profile", attn_implementation: str = "sdpa") -> "PreTrainedModel":
+def load_base(profile: Profile, attn_implementation: str = "sdpa") -> "PreTrainedModel":
     """The untuned model in `profile.dtype` on `profile.device`, in eval mode, through NeMo AutoModel.
 
     `force_hf=True` asks for the Hugging Face class, which has `generate` and takes a PEFT adapter. Code that
@@ -148,7 +146,7 @@ def refuse_missing_weights() -> Iterator[None]:
         yield
 
 
-def _require_safetensors(profile: "Profile") -> None:
+def _require_safetensors(profile: Profile) -> None:
     """Refuse a model of pickled weights, which can run code when read: NeMo AutoModel falls back to them."""
     from transformers.utils import cached_file
 
@@ -159,7 +157,7 @@ def _require_safetensors(profile: "Profile") -> None:
 
 
 @contextlib.contextmanager
-def _load_errors(profile: "Profile") -> Iterator[None]:
+def _load_errors(profile: Profile) -> Iterator[None]:
     """Turn whatever a failed download or a broken folder ends in into one sentence."""
     import torch
 
@@ -175,7 +173,7 @@ def _load_errors(profile: "Profile") -> Iterator[None]:
         ) from error
 
 
-def lora_config(profile: "Profile") -> "LoraConfig":
+def lora_config(profile: Profile) -> "LoraConfig":
     """The profile's LoRA settings for PEFT (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
     from peft import LoraConfig
 
@@ -267,7 +265,7 @@ CARD = "run_card.json"
 REMEDY = "run notebook 04_train first (or again)"
 
 
-def check_adapter(folder: Path, profile: "Profile") -> dict:
+def check_adapter(folder: Path, profile: Profile) -> dict:
     """The run card of the adapter in `folder`, once everything about it fits `profile`.
 
     Only safetensors are accepted: a pickled `adapter_model.bin` can run code when it is loaded.
@@ -335,7 +333,7 @@ def check_fit(folder: Path, config: "PretrainedConfig") -> None:
         )
 
 
-def model_files(profile: "Profile") -> str:
+def model_files(profile: Profile) -> str:
     """What tells one model from another of the same name: a commit of the hub, or a hash of a folder.
 
     Of each file in a folder the name, the size and 16 samples of 64 KiB are hashed: other weights differ in
@@ -420,7 +418,7 @@ def case_study() -> KeptRun:
     return KeptRun(load_kept().folder / "case_study")
 
 
-def adapter_folder(workspace: Workspace, profile: "Profile") -> Path:
+def adapter_folder(workspace: Workspace, profile: Profile) -> Path:
     """Notebook 04's adapter in `workspace`; where it was not run, the precomputed one, which is announced.
 
     The precomputed adapter serves only profiles with its own model, data, prompt and training answers. For

@@ -22,9 +22,7 @@ def tags(cell: nbformat.NotebookNode) -> set[str]:
     return set(cell.metadata.get("tags", []))
 
 
-def with_exercises(
-    lesson: nbformat.NotebookNode, solution: nbformat.NotebookNode, name: str
-) -> nbformat.NotebookNode:
+def with_exercises(lesson: nbformat.NotebookNode, solution: nbformat.NotebookNode, name: str):
     """`lesson` with the exercises of `solution` under its heading "Exercises", in place of those it has."""
     cells = [cell for cell in lesson.cells if not tags(cell) & EXERCISE]
     head = next(i for i, cell in enumerate(cells) if cell.source.startswith("## Exercises"))

@@ -16,45 +16,18 @@ PROJECT = Path(__file__).resolve().parent.parent
 MEASURED = PROJECT / "docs" / "measured_laptop.json"
 GUIDE = PROJECT / "docs" / "instructor.md"
 
-# Start, how many stars an exercise may have, how many exercises of a notebook, and (part, minutes of talk and
-# predictions). A notebook is named by its number; its minutes of exercises stand in it.
+# Start, how many stars an exercise may have, how many exercises of a notebook, and the parts, each with its
+# minutes of talk and predictions. A notebook is named by its number; its minutes of exercises stand in it.
 PLANS = {
     "half-day": (
-        "9:00",
-        1,
-        1,
-        [
-            ("Welcome; everybody runs `make check`", 10),
-            ("00", 10),
-            ("01", 15),
-            ("02", 25),
-            ("Break", 15),
-            ("03", 20),
-            ("04", 20),
-            ("05", 15),
-            ("06", 20),
-            ("What we know now; questions", 10),
-        ],
+        *("9:00", 1, 1),
+        "Welcome; everybody runs `make check` 10 | 00 10 | 01 15 | 02 25 | Break 15 | 03 20 | 04 20 | 05 15"
+        " | 06 20 | What we know now; questions 10",
     ),
     "full-day": (
-        "9:00",
-        2,
-        3,
-        [
-            ("Welcome; everybody runs `make check`", 15),
-            ("00", 15),
-            ("01", 25),
-            ("Break", 15),
-            ("02", 35),
-            ("03", 30),
-            ("Lunch", 60),
-            ("04", 30),
-            ("05", 20),
-            ("Break", 15),
-            ("06", 30),
-            ("07", 30),
-            ("What we know now; questions", 15),
-        ],
+        *("9:00", 2, 3),
+        "Welcome; everybody runs `make check` 15 | 00 15 | 01 25 | Break 15 | 02 35 | 03 30 | Lunch 60"
+        " | 04 30 | 05 20 | Break 15 | 06 30 | 07 30 | What we know now; questions 15",
     ),
 }
 
@@ -100,11 +73,13 @@ def schedule(name: str, measured: dict) -> str:
     seconds = {notebook[:2]: value for notebook, value in measured["seconds"].items()}
     clock = datetime.strptime(start, "%H:%M")
     lines = ["| from | part | talk, predictions | runs | exercises | minutes |", "|---|---|---|---|---|---|"]
-    for part, talk in plan:
+    for step in plan.split(" | "):
+        part, _, minutes = step.rpartition(" ")
+        talk = int(minutes)
         runs = math.ceil(seconds[part] / 60) if part in seconds else 0
         tasks = exercises(part, stars, most) if part in seconds else 0
         title = f"notebook {part}" if part in seconds else part
-        shown = [str(minutes or "") for minutes in (talk, runs, tasks)]
+        shown = [str(count or "") for count in (talk, runs, tasks)]
         lines.append(f"| {clock:%H:%M} | {title} | {' | '.join(shown)} | {talk + runs + tasks} |")
         clock += timedelta(minutes=talk + runs + tasks)
     lines.append(f"| {clock:%H:%M} | end | | | | |")

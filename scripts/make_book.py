@@ -1,11 +1,8 @@
 """Render the executed notebooks and the pages of docs/ as a static site: `make book`.
 
-    python scripts/make_book.py --workdir FOLDER
-
-reads FOLDER/outputs/executed and writes FOLDER/outputs/book. Sphinx and myst-nb render; nothing is executed.
+`make_book.py [WORKDIR]` reads WORKDIR/outputs/executed and writes WORKDIR/outputs/book; nothing is executed.
 """
 
-import argparse
 import re
 import shutil
 import sys
@@ -13,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import nbformat
+from sphinx.cmd.build import build_main
 
 from fiqa_helpers.base import WorkshopError, Workspace, project_root
 
@@ -26,18 +24,6 @@ CONTENTS = """
 NOT_EXECUTED = "> This notebook was not executed in the run that this book shows, so its results are missing."
 
 
-def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--workdir", default="", metavar="FOLDER", help="where the run left its outputs/")
-    workspace = Workspace(arguments.parse_args().workdir)
-    try:
-        print(f"Book    {make_book(workspace.outputs / 'executed', workspace.outputs / 'book')}")
-    except WorkshopError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
 def make_book(executed: Path, book: Path) -> Path:
     """Render the notebooks in `executed` and the project's pages into `book`; returns its first page.
 
@@ -49,7 +35,9 @@ def make_book(executed: Path, book: Path) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, "source")
         stage(project_root(), executed, source)
-        build(project_root() / "docs", source, Path(scratch, "html"), Path(scratch, "doctrees"))
+        settings = ["-c", str(project_root() / "docs"), "-d", f"{scratch}/doctrees"]
+        if status := build_main(["-b", "html", *settings, str(source), f"{scratch}/html"]):
+            raise WorkshopError(f"Sphinx ended with status {status}: its messages stand above.")
         shutil.rmtree(book, ignore_errors=True)
         shutil.copytree(Path(scratch, "html"), book)
     return book / "index.html"
@@ -67,11 +55,11 @@ def stage(project: Path, executed: Path, source: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(prepared(path, executed / path.name), target)
     for folder in ("benchmarks", "fiqa_helpers", "scripts", "tests"):  # what pages link to gets into the book
-        no_pages = ("*.ipynb",) if folder == "benchmarks" else ("*.md", "*.ipynb")
-        shutil.copytree(project / folder, source / folder, ignore=shutil.ignore_patterns(*no_pages))
+        no_pages = shutil.ignore_patterns("*.ipynb" if folder == "benchmarks" else "*.md")
+        shutil.copytree(project / folder, source / folder, ignore=no_pages)
     kept = Path("notebooks", "precomputed")
     shutil.copytree(project / kept, source / kept, ignore=shutil.ignore_patterns("adapter"))
-    for folder in (source, source / kept, source / "benchmarks" / "results" / "notebooks"):
+    for folder in (source, source / kept):
         (folder / "README.md").rename(folder / "index.md")
     for page in (*source.rglob("*.md"), *source.rglob("*.ipynb")):
         text = page.read_text(encoding="utf-8")
@@ -114,32 +102,23 @@ def prepared(path: Path, executed: Path) -> nbformat.NotebookNode:
             raise WorkshopError(
                 f"{executed} did not run to its end ({heading}): run `make run ONLY={path.name[:2]}` first."
             )
-        texts = [alternative_text(output, heading) for output in cell.outputs if picture(output)]
+        texts = [text for output in cell.outputs if (text := alternative_text(output, heading))]
         if texts:
             cell.metadata["mystnb"] = {"image": {"alt": " ".join(texts)}}
     return notebook
 
 
-def picture(output: nbformat.NotebookNode) -> str | None:
-    """The kind of the picture that this output shows, if it shows one."""
-    data = output.get("data", {})
-    return None if "text/html" in data else next((kind for kind in data if kind.startswith("image/")), None)
-
-
 def alternative_text(output: nbformat.NotebookNode, heading: str) -> str:
-    """What the notebook says of the picture (`save_plot`, the live panel), or where it stands."""
-    said = output.metadata.get(picture(output), {}).get("alt", "")
-    return said or f"Picture in the section {heading}"
-
-
-def build(settings: Path, source: Path, html: Path, doctrees: Path) -> None:
-    """Run Sphinx, with its progress on stdout and its warnings on stderr."""
-    from sphinx.cmd.build import build_main
-
-    status = build_main(["-b", "html", "-c", str(settings), "-d", str(doctrees), str(source), str(html)])
-    if status:
-        raise WorkshopError(f"Sphinx ended with status {status}: its messages stand above.")
+    """What the notebook says of a picture (`save_plot`, the live panel), or where it stands; else ""."""
+    kinds = [kind for kind in output.get("data", {}) if kind.startswith("image/")]
+    if not kinds or "text/html" in output.data:
+        return ""
+    return output.metadata.get(kinds[0], {}).get("alt", "") or f"Picture in the section {heading}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    outputs = Workspace(*sys.argv[1:]).outputs
+    try:
+        print(f"Book    {make_book(outputs / 'executed', outputs / 'book')}")
+    except WorkshopError as error:
+        sys.exit(str(error))

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Make notebooks/precomputed/ out of a finished run: `python scripts/make_precomputed.py WORKDIR`.
 
 WORKDIR holds what notebooks 01 to 06 wrote with one profile: `outputs/` and `checkpoints/final_model/`. Its
@@ -6,7 +5,6 @@ run cards are taken over as they are, except for paths of the machine that made 
 to bf16, which halves its file; pictures get a palette. `--page` writes only the page of the folder again.
 """
 
-import argparse
 import html
 import io
 import json
@@ -16,16 +14,14 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from fiqa_helpers import model, show  # noqa: E402
-from fiqa_helpers.base import (  # noqa: E402
-    WorkshopError,  # noqa: E402
-    read_card,
-    write_json,
-)
-from fiqa_helpers.metrics import METRICS  # noqa: E402
-from fiqa_helpers.model import CARD, CONFIG, WEIGHTS  # noqa: E402
+from fiqa_helpers import model, show
+from fiqa_helpers.base import WorkshopError, read_card, write_json
+from fiqa_helpers.metrics import METRICS
+from fiqa_helpers.model import CARD, CONFIG, WEIGHTS
 
 LIMIT = 2_200_000  # bytes of everything
 TEMPLATE = Path(__file__).with_name("precomputed_page.md")
@@ -34,15 +30,9 @@ PLOTS = ("01_answer_words", "01_topics", "02_token_lengths", "02_padding_waste",
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("workdir", type=Path, nargs="?")
-    parser.add_argument("--page", action="store_true")
-    options = parser.parse_args()
     kept = model.load_kept()
-    if not options.page:
-        take_over(options.workdir, kept.folder)
+    if sys.argv[1:] != ["--page"]:
+        take_over(Path(sys.argv[1]), kept.folder)
         picture = io.BytesIO()
         model.draw_losses(kept)[0].savefig(picture, dpi=100)
         with_palette(picture, kept.folder / "plots" / "04_losses.png")
@@ -63,7 +53,8 @@ def take_over(workdir: Path, target: Path) -> None:
     for folder in ("adapter", "run_cards", "plots"):
         shutil.rmtree(target / folder, ignore_errors=True)
         (target / folder).mkdir(parents=True)
-    round_adapter(final / WEIGHTS, target / "adapter" / WEIGHTS)
+    rounded = {name: weight.to(torch.bfloat16) for name, weight in load_file(final / WEIGHTS).items()}
+    save_file(rounded, target / "adapter" / WEIGHTS, {"format": "pt"})  # PEFT loads them back into fp32
     config = json.loads((final / CONFIG).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = training["profile"]["model"]
     write_json(target / "adapter" / CONFIG, config)
@@ -81,18 +72,8 @@ def take_over(workdir: Path, target: Path) -> None:
             raise WorkshopError(f"{path} names a path of the machine: leave that out.")
 
 
-def round_adapter(source: Path, target: Path) -> None:
-    """The weights of an adapter in bf16; PEFT loads them back into fp32."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    save_file({n: t.to(torch.bfloat16) for n, t in load_file(source).items()}, target, {"format": "pt"})
-
-
 def with_palette(source: Path | io.BytesIO, target: Path, colours: int = 24) -> None:
     """A plot as a small PNG; its few colours lose nothing."""
-    from PIL import Image
-
     image = Image.open(source).convert("RGB")
     image.quantize(colours, dither=Image.Dither.NONE).save(target, "PNG", optimize=True)
 

@@ -109,18 +109,27 @@ def add_solved(notebook: Path) -> None:
     nbformat.write(lesson, notebook)
 
 
-@pytest.fixture(scope="session")
-def executed(tmp_path_factory) -> Path:
+# The laptop run, shortened: every cell runs, on the real model and real rows, in half the time.
+SHORT = "{max_steps: 6, eval_steps: 3, sample_steps: 3, eval_rows: 8, max_new_tokens: 48}"
+
+
+@pytest.fixture(scope="session", params=["short", pytest.param("whole", marks=pytest.mark.slow)])
+def executed(request, tmp_path_factory) -> Path:
     """Folder with every notebook executed and, beside them, what they wrote (it is their workdir).
 
-    The real model on real rows, once for all tests. papermill injects the parameters and nbmake executes:
-    both tools see each notebook, at the cost of one run. Exercises are there twice: open, then solved.
+    The real model on real rows, once for all tests: shortened in `make test`, and as it is in the slow tier.
+    papermill injects the parameters and nbmake executes: both tools see each notebook, for the cost of one.
+    Exercises are there twice: open, then solved.
     """
-    folder = tmp_path_factory.mktemp("tutorial")
-    parameters = folder / "parameters.yaml"
-    parameters.write_text(json.dumps({"profile": "laptop", "workdir": str(folder)}))
+    folder = tmp_path_factory.mktemp(f"tutorial_{request.param}")
+    common = {"profile": "laptop", "workdir": str(folder)}
     notebooks = sorted((PROJECT / "notebooks").glob("0?_*.ipynb"))
     for notebook in notebooks:
+        own = {}
+        if request.param == "short":
+            own = {"overrides": SHORT} | ({"rows": 6} if notebook.name.startswith("06") else {})
+        parameters = folder / "parameters.yaml"
+        parameters.write_text(json.dumps(common | own))
         prepare = ["papermill", str(notebook), str(folder / notebook.name), "--prepare-only"]
         subprocess.run(
             [sys.executable, "-m", *prepare, "-f", str(parameters)],

@@ -37,12 +37,6 @@ def test_a_copy_has_the_code_the_headings_and_the_tasks(copies, path):
     assert "**Predict:**" not in text
 
 
-def test_only_real_headings_are_headings():
-    """A comment in a block of shell code begins with the same sign."""
-    text = "# Title\n\nText.\n\n```sh\n# not a heading\n```\n\n## Part\n#hashtag"
-    assert script["headings"](text) == "# Title\n\n## Part"
-
-
 def test_work_in_a_copy_is_kept(copies, capsys):
     """Whoever calls it again must not lose an hour of notes."""
     mine = copies / LESSONS[3].name

@@ -231,10 +231,16 @@ def test_a_tokenizer_without_a_spare_token_is_refused(tiny_folder, tmp_path):
 # --- what cannot be loaded
 
 
-def one_sentence(caught) -> str:
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 500 and message.endswith(".")
-    return message
+@pytest.fixture
+def mine(tiny_folder, tmp_path):
+    """A copy of the folder to be damaged."""
+    return shutil.copytree(tiny_folder, tmp_path / "mine")
+
+
+def refused(folder, what: str, load=model.load_base) -> None:
+    with pytest.raises(WorkshopError, match=f"Cannot load .*{what}.*: check the name and the conn") as caught:
+        load(profile_of(folder))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
 @pytest.mark.parametrize("load", [model.load_tokenizer, model.load_base])
@@ -243,11 +249,7 @@ def one_sentence(caught) -> str:
 )
 def test_a_model_that_is_not_there(load, name):
     """Sixty frames of a hub client, with the one useful line in the middle."""
-    with pytest.raises(
-        WorkshopError, match=f"Cannot load {name} .*check the name and the connection"
-    ) as caught:
-        load(profile_of(name))
-    one_sentence(caught)
+    refused(name, name, load)
 
 
 BROKEN = {
@@ -258,109 +260,70 @@ BROKEN = {
     "weights empty": ("model.safetensors", b""),
     "weights cut": ("model.safetensors", 20_000),
     "weights noise": ("model.safetensors", b"\xff" * 5_000),
+    "tokenizer": ("tokenizer.json", b"{"),
+    "tokenizer's config": ("tokenizer_config.json", b"{"),
 }
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_damaged_folder(tiny_folder, tmp_path, broken):
+def test_a_damaged_folder(mine, broken):
     """SafetensorError, JSONDecodeError, RuntimeError: none of them names the folder."""
     file, content = BROKEN[broken]
-    folder = tmp_path / "mine"
-    shutil.copytree(tiny_folder, folder)
-    whole = (folder / file).read_bytes()
-    (folder / file).unlink()
+    whole = (mine / file).read_bytes()
+    (mine / file).unlink()
     if content is not None:
-        (folder / file).write_bytes(whole[:content] if isinstance(content, int) else content)
-    with pytest.raises(WorkshopError, match=r"Cannot load .*: check the name") as caught:
-        model.load_base(profile_of(folder))
-    assert "mine" in one_sentence(caught)
+        (mine / file).write_bytes(whole[:content] if isinstance(content, int) else content)
+    refused(mine, "mine", model.load_tokenizer if "tokenizer" in file else model.load_base)
 
 
 @pytest.mark.parametrize("lost", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
-def test_a_base_that_lacks_weights(tiny_folder, tmp_path, lost):
+def test_a_base_that_lacks_weights(mine, lost):
     """transformers only warns, and what trains is random: a lost shard, or one of another model."""
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
-    weights = load_file(tmp_path / "model.safetensors")
+    weights = load_file(mine / "model.safetensors")
     del weights[lost]
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(WorkshopError, match=r"weights are missing, such as"):
-        model.load_base(profile_of(tmp_path))
+    save_file(weights, mine / "model.safetensors", {"format": "pt"})
+    refused(mine, "of its weights are missing, such as")
 
 
-def test_a_field_that_this_version_does_not_know(tiny_folder, tmp_path):
-    """A checkpoint of another transformers version: a TypeError about a class that nobody has heard of."""
-    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_parameters": "yarn-9"}))
-    with pytest.raises(WorkshopError, match="Cannot load .*rope_parameters"):
-        model.load_base(profile_of(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(config | {"a_new_field": {"x": 1}}))
-    model.load_base(profile_of(tmp_path))
+GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 4}
 
 
-def test_weights_of_another_size(tiny_folder, tmp_path):
-    """Weights and configuration of two models in one folder."""
-    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
-    with pytest.raises(WorkshopError, match="Cannot load") as caught:
-        model.load_base(profile_of(tmp_path))
-    one_sentence(caught)
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ({"intermediate_size": 96}, ""),  # weights and configuration of two models in one folder
+        (GPT2, "weights are missing, such as"),  # transformers only warns, and the model is random
+        ({"rope_parameters": "yarn-9"}, "rope_parameters"),  # another version's: ends in a TypeError
+        ({"model_type": "llama-9"}, "llama-9"),
+    ],
+)
+def test_a_configuration_of_something_else(mine, other, what):
+    """Files that do not belong together, or come from another version of transformers."""
+    config = json.loads((mine / "config.json").read_text())
+    (mine / "config.json").write_text(json.dumps(config | {"a_new_field": {"x": 1}}))
+    model.load_base(profile_of(mine))  # a field more does no harm
+    (mine / "config.json").write_text(json.dumps(config | other))
+    refused(mine, what)
 
 
-def test_weights_of_another_architecture(tiny_folder, tmp_path):
-    """transformers warns (where warnings show) and hands out a model with random weights."""
-    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
-    other = {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "n_embd": 64,
-        "n_layer": 2,
-        "n_head": 4,
-    }
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | other))
-    with pytest.raises(WorkshopError, match="weights are missing, such as") as caught:
-        model.load_base(profile_of(tmp_path))
-    one_sentence(caught)
-
-
-@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_damaged_tokenizer(tiny_folder, tmp_path, file):
-    """An error of the tokenizers library that speaks of line 1, column 2, of nothing."""
-    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / file).write_text("{")
-    with pytest.raises(WorkshopError, match="Cannot load .*: check the name") as caught:
-        model.load_tokenizer(profile_of(tmp_path))
-    one_sentence(caught)
-
-
-def test_pickled_weights_are_not_loaded(tiny_folder, tmp_path):
+def test_pickled_weights_are_not_loaded(mine):
     """A pickle can run code when it is read, and NeMo AutoModel falls back to it."""
-    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(model.load_base(profile_of(tiny_folder)).state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(WorkshopError, match="it has no safetensors file"):
-        model.load_base(profile_of(tmp_path))
+    torch.save(model.load_base(profile_of(mine)).state_dict(), mine / "pytorch_model.bin")
+    (mine / "model.safetensors").unlink()
+    refused(mine, "it has no safetensors file")
 
 
-def test_code_in_a_model_folder_is_never_run(tiny_folder, tmp_path, monkeypatch):
+def test_code_in_a_model_folder_is_never_run(mine, monkeypatch):
     """A question on the terminal whether to run it, answered with yes by habit; or no question at all."""
-    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
-    trace = tmp_path / "it-ran"
-    (tmp_path / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
-    auto_map = {
-        "AutoConfig": "evil.Config",
-        "AutoModelForCausalLM": "evil.Model",
-        "AutoTokenizer": "evil.Model",
-    }
-    config = {"model_type": "evil", "auto_map": auto_map}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    trace = mine / "it-ran"
+    (mine / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    classes = {"AutoConfig": "Config", "AutoModelForCausalLM": "Model", "AutoTokenizer": "Model"}
+    auto_map = {name: f"evil.{kind}" for name, kind in classes.items()}
+    (mine / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto_map}))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
-    with pytest.raises(WorkshopError, match="Cannot load .*custom code"):
-        model.load_base(profile_of(tmp_path))
+    refused(mine, "custom code")
     assert not trace.exists()
 
 
