@@ -110,7 +110,7 @@ def _read(path: Path | str) -> str:
 # --- What a training run needs of a GPU's memory, predicted from the profile and the model's configuration.
 #
 # Arithmetic only: no weights, no GPU, no torch. It holds for the training path of notebook 04 on a GPU
-# (bf16, variable-length attention, Liger's kernels and fused loss, LoRA layers that keep no dropout masks),
+# (bf16, variable-length attention, Liger's kernels and fused loss, PEFT's LoRA layers),
 # whose measured peaks stand in benchmarks/.
 
 NEMOTRON = "nvidia/Llama-3.1-Nemotron-Nano-8B-v1"
@@ -194,6 +194,9 @@ def predict_memory(profile, config: dict, tokens: int | None = None) -> Ledger:
     # Kept of a layer for each token: its input and the normed input, queries, keys and values, attention's
     # output, the sum after attention, and the MLP's gate and up projections.
     layer = weight * (3 * hidden + 2 * _query(config) + 2 * _key(config) + 2 * middle) * tokens
+    # PEFT keeps for each adapter a dropped-out copy of its input, and the mask, of one byte.
+    widths = {"o_proj": _query(config), "down_proj": middle}
+    layer += (weight + 1) * sum(widths.get(name, hidden) for name in profile.lora_targets) * tokens
     inputs = weight * hidden * tokens  # all that checkpointing keeps of a layer
     backward = weight * (2 * middle + 4 * hidden) * tokens  # gradients on their way through one layer
     logits = LOGITS_CHUNK * weight * hidden * tokens
