@@ -45,7 +45,7 @@ def start(namespace: dict, number: str) -> "Run":
     if not parameters["overrides"].strip():
         parameters["overrides"] = travelled(number, name, workspace)
     profile = load_profile(name, parameters["overrides"])
-    if is_interactive():
+    if base.is_interactive():
         style_page()
     print(profile.banner())
     return Run(number, parameters, profile, workspace)
