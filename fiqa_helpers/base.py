@@ -190,9 +190,11 @@ def disk_errors(place: Path, remedy: str) -> Iterator[None]:
     """Turn the error of a full disk inside the block into a `WorkshopError` that ends in `remedy`."""
     try:
         yield
-    except Exception as error:  # safetensors and tokenizers have exceptions of their own for a full disk
-        number = getattr(error, "errno", None)
-        if number not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error):
+    except Exception as error:  # safetensors, tokenizers and torch have words of their own for a full disk
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not any(
+            sign in str(error) for sign in ("os error 28", "inline_container", "iostream")
+        ):
             raise
         raise WorkshopError(f"The disk of {place} is full: free some space or {remedy}.") from None
 
@@ -285,15 +287,3 @@ def is_open(answer: object) -> bool:
         constants = answer.__code__.co_consts
         return ... in constants or any(isinstance(part, tuple) and ... in part for part in constants)
     return answer is None or answer is ...
-
-
-def to_disk(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk: they survive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system can do that to a folder
-            raise
-    finally:
-        os.close(handle)
