@@ -96,7 +96,8 @@ class AnswerTrainer(Trainer):
                     total += self.loss_sum(self.model, micro_batch)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             tokens += (batch["labels"] != IGNORE_INDEX).sum()
-        metrics = {f"{metric_key_prefix}_loss": (total / tokens).item()}
+        loss, tokens = (total / tokens).item(), int(tokens)
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_tokens": tokens}
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
 
     def loss_sum(self, model, micro_batch: Mapping) -> torch.Tensor:
