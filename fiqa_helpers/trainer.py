@@ -179,8 +179,8 @@ class Terminator(TrainerCallback):
     @contextlib.contextmanager
     def listening(self):
         """Answer the signals inside the block; whoever ignores one (nohup) goes on ignoring it."""
-        self.told = ""
-        main = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
+        # Elsewhere than in the main thread Python allows no handlers.
+        self.told, main = "", threading.current_thread() is threading.main_thread()
         numbers = [signal.SIGTERM, signal.SIGHUP] if main else []
         before = {number: signal.getsignal(number) for number in numbers}
         for number in [n for n in numbers if before[n] != signal.SIG_IGN]:
