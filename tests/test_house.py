@@ -24,7 +24,7 @@ BUDGET = {
     "lesson rooms": (1700, 2083),
     "machinery": (1400, 1598),
     "files": (23, 22),
-    "templates": (250, 273),
+    "templates": (250, 244),
     "tests": (7000, 12152),
     "benchmarks": (950, 1330),
     "scripts": (450, 450),
