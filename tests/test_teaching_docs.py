@@ -53,3 +53,14 @@ def test_links_between_the_pages_resolve(path):
             heads = re.findall(r"^#+ (.+)$", there.read_text("utf-8"), re.MULTILINE)
             anchors = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
             assert anchor in anchors, f"{path.name} links to {target}"
+
+
+def test_what_is_to_be_seen_is_in_its_cell():
+    """A box that was closed again, or a cell that was split: the table would send people nowhere."""
+    text = (PROJECT / "CONTRIBUTING.md").read_text("utf-8").partition("## Where it is seen")[2]
+    cells = re.findall(r"^\| [^|]+ \| `((\d\d)-\w+)` \|", text, re.MULTILINE)
+    assert len(cells) >= 15
+    for cell, number in cells:
+        (path,) = (PROJECT / "notebooks").glob(f"{number}_*.ipynb")
+        ids = {found["id"] for found in json.loads(path.read_text("utf-8"))["cells"]}
+        assert cell in ids, f"{path.name} has no cell {cell}"
