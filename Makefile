@@ -48,13 +48,16 @@ test-slow: env  ## the second tier of tests: longer runs, kills, resumes
 	@$(python) -m pytest -m slow $(ARGS)
 
 # Settings (scripts/lab/overrides.json) and layout (kept in outputs/) of the project: nothing of your own JupyterLab's
-# is changed, and what you have set for yourself there still counts.
+# is changed, and what you have set for yourself there still counts. A kernel that has run nothing for IDLE seconds (0: ever
+# so long) is ended, as each may hold a model's memory; what you typed and what was shown stays on the page.
+IDLE ?= 1800
 lab: env  ## open the workshop in JupyterLab
 	@ls outputs/jupyterlab/workshop-* >/dev/null 2>&1 || $(python) -m jupyterlab workspaces import \
 		--LabWorkspaceImportApp.workspaces_dir=outputs/jupyterlab --LabWorkspaceImportApp.log_level=WARN \
 		scripts/lab/workspace.json
 	@$(python) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/workspaces/workshop \
 		--LabApp.app_settings_dir=scripts/lab --LabApp.workspaces_dir=outputs/jupyterlab \
+		--MappingKernelManager.cull_idle_timeout=$(IDLE) --MappingKernelManager.cull_connected=True \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 book: env  ## render the executed notebooks and the docs as a static site in outputs/book

@@ -42,7 +42,6 @@ def notebook_trainer(
         learning_rate=profile.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=profile.warmup_ratio,
-        bf16=profile.dtype == "bfloat16",
         gradient_checkpointing=profile.gradient_checkpointing,
         save_strategy="no",
         logging_steps=1,

@@ -1,234 +1,207 @@
-"""The recipe that notebook 07 writes, timed on this machine's GPUs through torchrun.
+"""recipes/fiqa_lora.yaml on this machine's GPUs beside notebook 04's trainer: speed, memory, losses.
 
-    python benchmarks/random_8b.py MODEL --vocabulary llama_models-0.3.0-py3-none-any.whl
-    python benchmarks/recipe_bench.py --model MODEL --random --out FOLDER
-    python benchmarks/recipe_bench.py --model MODEL --random --out FOLDER --gpus 2 --kill \\
-        --against FOLDER/recipe_1gpu.json
+    python benchmarks/recipe_bench.py FOLDER [--minutes 7] [--kill]
 
-Each call trains `--steps` optimizer steps and writes FOLDER/recipe_Ngpu.json: real (not padded) tokens a
-second, seconds of each step, memory, losses, the adapter's keys, what PEFT makes of the adapter, machine and
-versions. `--kill` also ends a second run with SIGKILL after its first checkpoint and resumes it; `--against`
-compares with an earlier file; `--notebook` takes the same steps as notebook 04 does, for comparison.
-`--profile tiny` (without --model) tries the script on any CPU.
+The 8B architecture with random weights (16 GB, written to FOLDER/model once), rows of FiQA's lengths: neither
+changes a speed or a byte. Each run of RUNS is a process of its own and leaves FOLDER/recipe_NAME.json, as
+long as there is time for it. `--small` tries the script with two narrow layers on any CPU.
 """
 
 import argparse
-import gc
-import hashlib
 import json
-import shlex
+import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import yaml
-from notebook_trainer import notebook_trainer
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from fiqa_helpers import data, model, profiles
-from fiqa_helpers.base import Workspace, write_card
-from fiqa_helpers.machinery import machine, recipe
-from fiqa_helpers.machinery.recipe import (
-    RecipePanel,
-    check_recipe,
-    kill_all,
-    read_metrics,
-    read_recipe,
-    run_recipe,
-)
-from fiqa_helpers.rows import StepCollator, encode_rows, pad_rows
-from fiqa_helpers.run import Run, quiet
+from contenders import rows  # noqa: E402
+
+from fiqa_helpers.base import write_card  # noqa: E402
+from fiqa_helpers.profiles import PROFILES  # noqa: E402
 
 WARM = 3  # steps that are not timed: kernels are chosen and memory is found in them
+CHUNKED = "--loss_fn._target_=nemo_automodel.components.loss.chunked_ce.ChunkedCrossEntropy"
+RUNS = {  # name: (GPUs, rows of a step, what else stands behind the file); in the order of importance
+    "1gpu": (1, 16, []),
+    "2gpu_ddp": (2, 32, []),
+    "2gpu_fsdp2": (2, 32, ["--distributed.strategy=fsdp2"]),
+    "2gpu_ddp_same_step": (2, 16, []),
+    "1gpu_chunked_loss": (1, 16, [CHUNKED, "--loss_fn.compile=false"]),
+    "2gpu_fsdp2_same_step": (2, 16, ["--distributed.strategy=fsdp2"]),
+}
+ON_A_CPU = ["--dist_env.backend=gloo", "--model.attn_implementation=sdpa", "--model.use_liger_kernel=false"]
 
 
-class MemoryWatch(threading.Thread):
-    """The most memory in use on each GPU, by all programs, as nvidia-smi sees it twice a second (GiB)."""
+def length_rows(tokenizer, split: str, rows_of=rows, **settings) -> list[dict]:
+    """What the recipe trains on here: random tokens, as long as FiQA's rows, with shifted labels."""
+    from fiqa_helpers.machinery.recipe import shift
 
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak: list[float] = []
-        self._over = threading.Event()
-
-    def run(self) -> None:
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        while not self._over.wait(0.5):
-            try:
-                said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-                used = [int(line) / 1024 for line in said.split()]
-            except (OSError, ValueError, subprocess.SubprocessError):
-                return
-            self.peak = [max(pair) for pair in zip(self.peak or used, used, strict=True)]
-
-    def end(self) -> list[float]:
-        self._over.set()
-        self.join(30)
-        return [round(value, 2) for value in self.peak]
+    return [shift(row) for row in (rows_of() if split == "train" else rows_of().take(8))]
 
 
-def speed(history: list[dict]) -> dict:
-    """Speed over the steps after warm-up; a step that waited for an evaluation before it is left out."""
-    waited = {row["step"] + 1 for row in history if "eval_loss" in row}
-    timed = [row for row in history if "loss" in row and row["step"] > WARM and row["step"] not in waited]
-    seconds = sum(row["seconds"] for row in timed)
-    tokens = sum(row["tokens"] for row in timed)
-    return {
-        "steps_timed": len(timed),
-        "tokens_per_second": round(tokens / seconds, 1),
-        "tokens_per_step": round(tokens / len(timed), 1),
-        "seconds_per_step_median": round(statistics.median(row["seconds"] for row in timed), 4),
-    }
+def make_model(folder: Path, small: bool) -> None:
+    """The random model, under a tokenizer that only has the vocabulary's size: nothing is tokenized here."""
+    from random_8b import write_random_8b
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"<{number}>": number for number in range(128_256)}
+    ends = dict(bos_token="<128000>", eos_token="<128009>", pad_token="<128004>")
+    backend = Tokenizer(models.WordLevel(words, unk_token="<0>"))
+    write_random_8b(folder, PreTrainedTokenizerFast(tokenizer_object=backend, **ends), small)
 
 
-def with_tokens(history: list[dict]) -> list[dict]:
-    """The history with `tokens`: real tokens of a step, from its rate and its time."""
-    return [
-        row | {"tokens": round(row["tokens_per_second"] * row["seconds"])} if "loss" in row else row
-        for row in history
-    ]
-
-
-def keys_of(adapter: Path) -> dict[str, list[int]]:
-    """Name -> shape of each matrix of the adapter."""
-    from safetensors import safe_open
-
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        return {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
-
-
-def through_peft(run: Run, path: Path, adapter: Path) -> dict:
-    """PEFT's model on the first device: are its keys the adapter's, and what is its validation loss?"""
+def notebook(model: Path, steps: int) -> dict:
+    """Notebook 04's trainer on one GPU: real tokens a second after warm-up, losses, memory."""
     import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    profile, name = run.profile, str(read_recipe(path).get("model.pretrained_model_name_or_path"))
-    base = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, profile.dtype))
-    tuned = PeftModel.from_pretrained(base.to(profile.device), str(adapter)).eval()
-    mine = {n.replace(".default", ""): list(p.shape) for n, p in tuned.named_parameters() if "lora_" in n}
-    tokenizer = model.load_tokenizer(replace(profile, model=name))
-    rows = data.read_processed(run.workspace.data)["validation"]
-    rows = rows.select(range(profile.eval_rows)) if profile.eval_rows >= 0 else rows
-    total = tokens = 0.0
-    with torch.no_grad():
-        for row in encode_rows(rows, tokenizer, profile):
-            batch = pad_rows([row], tokenizer.pad_token_id)
-            batch = {key: value.to(profile.device) for key, value in batch.items()}
-            total += tuned(**batch, use_cache=False, num_items_in_batch=1).loss.item()
-            tokens += sum(label >= 0 for label in row["labels"])
-    return {"keys_equal": mine == keys_of(adapter), "validation_loss": total / tokens}
-
-
-def notebook_path(run: Run, folder: Path) -> dict:
-    """The same steps as notebook 04 takes them: PEFT, AnswerTrainer, the profile's own layout; one GPU."""
-    import torch
+    from notebook_trainer import notebook_trainer
     from transformers import TrainerCallback
 
-    profile, splits = run.profile, data.read_processed(run.workspace.data)
-    tokenizer = model.load_tokenizer(profile)
-    rows = {
-        split: encode_rows(
-            splits[split].take(min(n, len(splits[split]))) if n >= 0 else splits[split], tokenizer, profile
-        )
-        for split, n in (("train", profile.train_rows), ("validation", profile.eval_rows))
-    }
-    collator = StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout)
-    tokens, ends = [], []
+    from fiqa_helpers.rows import StepCollator
+
+    profile = replace(PROFILES["gpu80"], model=str(model), max_steps=steps)
+    if not torch.cuda.is_available():
+        profile = replace(profile, device="cpu", dtype="float32", layout="padded")
+    collator, tokens, ends = StepCollator(128_004, profile.tokens_per_batch, profile.layout), [], []
 
     def counted(chosen: list[dict]) -> dict:
-        tokens.append(sum(len(row["input_ids"]) for row in chosen))
+        tokens.append(sum(len(row["input_ids"]) - 1 for row in chosen))  # as a recipe's shifted rows count
         return collator(chosen)
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_, **__):
             ends.append(time.perf_counter())  # the step's loss has been read: the device is done
 
-    gc.collect()  # the model that PEFT was asked with
-    torch.cuda.empty_cache()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    trainer = notebook_trainer(
-        profile, folder / "notebook", rows["train"], rows["validation"], counted, [Clock()]
-    )
-    before = trainer.evaluate()["eval_loss"]
-    tokens.clear()
-    torch.cuda.empty_cache()
+    trainer = notebook_trainer(profile, model.parent / "notebook", rows(), rows().take(8), counted, [Clock()])
     trainer.train()
-    timed = sum(tokens[WARM : len(ends)])
-    peak = torch.cuda.max_memory_reserved() / 2**30
     return {
-        "layout": profile.layout,
-        "tokens_per_second": round(timed / (ends[-1] - ends[WARM - 1]), 1),
-        "peak_reserved_gib": round(peak, 2),  # 0 without a GPU
+        "tokens_per_second": round(sum(tokens[WARM : len(ends)]) / (ends[-1] - ends[WARM - 1]), 1),
+        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),  # 0 without a GPU
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
-        "validation_loss": {"before": before, "after": trainer.evaluate()["eval_loss"]},
     }
 
 
-def change(path: Path, changes: list[str]) -> None:
-    """Change keys of the recipe at `path`, each given as `section.key=value` in YAML."""
-    if not changes:  # as `write_recipe` wrote it, comments and all
-        return
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for text in changes:
-        key, _, value = text.partition("=")
-        section, name = key.split(".")
-        recipe[section][name] = yaml.safe_load(value)
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+def behind(model: Path, output: Path, gpus: int, batch: int, steps: int, more: list[str]) -> list[str]:
+    """What stands behind recipes/fiqa_lora.yaml for a run."""
+    import torch
+
+    changes = [
+        f"--model.pretrained_model_name_or_path={model}",
+        f"--dataset.tokenizer.name={model}",
+        "--dataset._target_=recipe_bench.length_rows",
+        "--validation_dataset._target_=recipe_bench.length_rows",
+        f"--step_scheduler.global_batch_size={batch}",
+        f"--step_scheduler.local_batch_size={batch // gpus}",
+        f"--step_scheduler.max_steps={steps}",
+        f"--step_scheduler.val_every_steps={steps}",
+        f"--step_scheduler.ckpt_every_steps={steps // 2}",
+        "--lr_scheduler.lr_warmup_steps=2",
+        f"--checkpoint.checkpoint_dir={output}",
+    ]
+    return [*changes, *more, *([] if torch.cuda.is_available() else ON_A_CPU)]
 
 
-def kill_and_resume(run: Run, args: argparse.Namespace, cpu: bool) -> dict:
-    """Start the run again in a folder of its own, SIGKILL all of it after a checkpoint, and resume it."""
-    folder = recipe.fresh_folder(run.workspace)
-    path = recipe.write_recipe(run, folder / "recipe.yaml", folder / "run", args.gpus)
-    change(path, args.set)
-    (folder / "run").mkdir()
-    line = recipe.launch_line(path, args.gpus, cpu=cpu, python=sys.executable)
-    with (folder / "killed.log").open("wb") as log:
-        process = subprocess.Popen(shlex.split(line), stdout=log, stderr=subprocess.STDOUT)
-        first = run.profile.eval_steps
-        while process.poll() is None and len(trained(read_metrics(folder / "run"))) <= first:
-            time.sleep(0.1)  # a step after the checkpoint, so that the resumed run must take it again
-        kill_all(process.pid)
-        process.wait()
-    before = trained(read_metrics(folder / "run"))
-    for name in ("training.jsonl", "validation.jsonl"):  # so that only the resumed run's lines are read
-        (folder / "run" / name).rename(folder / f"killed_{name}")
-    panel = RecipePanel("resumed", live=False)
-    run_recipe(path, panel, args.gpus, cpu=cpu, resume=True)
-    after = trained(panel.history)
+def start(changes: list[str], gpus: int, log: Path) -> subprocess.Popen:
+    """torchrun in a process of its own; its output goes to `log`."""
+    from fiqa_helpers.machinery import recipe
+
+    threads = str(max(1, (os.cpu_count() or 1) // gpus))
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
+    )
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as out:
+        return subprocess.Popen(recipe.launch(changes, gpus), stdout=out, stderr=out, env=environment)
+
+
+def trained(folder: Path) -> list[dict]:
+    """The steps of a run: loss, tokens, seconds, passes and memory of each."""
+    from fiqa_helpers.machinery.recipe import read_metrics
+
+    steps = [row for row in read_metrics(folder) if "loss" in row]
+    return [row | {"seconds": row["tokens"] / row["tokens_per_second"]} for row in steps]
+
+
+def recipe_run(name: str, args: argparse.Namespace, seconds: float) -> dict:
+    """One run of RUNS, as a card; a failure is a result too."""
+    from fiqa_helpers.machinery import machine
+    from fiqa_helpers.machinery.recipe import why_it_failed
+
+    gpus, batch, more = RUNS[name]
+    folder = args.folder / name
+    changes = behind(args.folder / "model", folder, gpus, batch, args.steps, more)
+    process = start(changes, gpus, folder / "run.log")
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        kill_all(process)
+    card = {
+        "benchmark": "recipe",
+        "gpus": gpus,
+        "global_batch_size": batch,
+        "local_batch_size": batch // gpus,
+    }
+    card |= {"strategy": "fsdp2" if "fsdp2" in name else "ddp", "behind": more, "device": machine.describe()}
+    card |= {"profile": asdict(PROFILES["gpu80"]), "weights": "random"}
+    steps = trained(folder)
+    timed = steps[WARM:]
+    if process.returncode or not timed:
+        return card | {"error": why_it_failed(folder / "run.log"), "log": tail(folder / "run.log")}
+    return card | {
+        "tokens_per_second": round(sum(r["tokens"] for r in timed) / sum(r["seconds"] for r in timed), 1),
+        "seconds_per_step_median": round(statistics.median(row["seconds"] for row in timed), 4),
+        "steps_timed": len(timed),
+        "passes": [row["passes"] for row in steps],
+        "peak_allocated_gib_first_gpu": round(max(row["memory_gib"] for row in steps), 2),
+        "losses": [row["loss"] for row in steps],
+        "steps": steps,
+    }
+
+
+def tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-2000:]
+
+
+def kill_all(torchrun: subprocess.Popen) -> None:
+    """SIGKILL a torchrun and the processes it started, each of which has a session of its own."""
+    import psutil
+
+    family = psutil.Process(torchrun.pid).children(recursive=True)
+    torchrun.kill()
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family, timeout=60)
+    torchrun.wait()
+
+
+def kill_and_resume(name: str, args: argparse.Namespace, seconds: float) -> dict:
+    """The run `name` again, all of it killed after its first checkpoint, and started again to its end."""
+    gpus, batch, more = RUNS[name]
+    folder, ends = args.folder / f"{name}_killed", time.monotonic() + seconds
+    more = [*more, "--peft.dropout=0.0"]
+    changes = behind(args.folder / "model", folder, gpus, batch, args.steps, more)
+    process = start(changes, gpus, folder / "run.log")
+    while process.poll() is None and not (folder / "LATEST").exists() and time.monotonic() < ends:
+        time.sleep(0.1)
+    kill_all(process) if process.poll() is None else None
+    before = trained(folder)
+    for file in folder.glob("*.jsonl"):  # so that only the resumed run's lines are read
+        file.rename(folder / f"killed_{file.name}.txt")
+    code = start(changes, gpus, folder / "run.log").wait(max(1, ends - time.monotonic()))
+    after = trained(folder)
     return {
-        "killed_after_step": before[-1]["step"],
-        "resumed_at_step": after[0]["step"],
+        "exit_code": code,
+        "steps_before": [row["step"] for row in before],
         "losses_before": [row["loss"] for row in before],
+        "steps_after": [row["step"] for row in after],
         "losses_after": [row["loss"] for row in after],
-    }
-
-
-def trained(history: list[dict]) -> list[dict]:
-    """The rows of optimizer steps."""
-    return [row for row in history if "loss" in row]
-
-
-def compare(card: dict, other: dict) -> dict:
-    """This run beside another one, which is normally that of one GPU."""
-    pairs = list(zip(card["losses"], other["losses"], strict=False))[:20]
-
-    def kind(run: dict) -> str | None:
-        return (run["device"]["gpu"] or {}).get("name")
-
-    ratio = card["tokens_per_second"] / other["tokens_per_second"]
-    return {
-        "with": f"{other['gpus']} GPU(s), local batch {other['local_batch_size']}",
-        "same_kind_of_gpu": kind(card) == kind(other),
-        "speedup": round(ratio, 4),
-        "scaling_efficiency": round(ratio * other["gpus"] / card["gpus"], 4),
-        "losses_compared": len(pairs),
-        "largest_loss_difference": max(abs(a - b) for a, b in pairs),
-        "adapter_keys_equal": card["adapter_keys_sha256"] == other["adapter_keys_sha256"],
     }
 
 
@@ -236,85 +209,61 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for data, checkpoints and results")
-    parser.add_argument("--model", default="", help="model folder (empty: the profile's own model)")
-    parser.add_argument("--random", action="store_true", help="say in the result that its weights are random")
-    parser.add_argument("--profile", default="gpu80")
-    parser.add_argument("--overrides", default="", help="YAML, as in the notebooks")
-    parser.add_argument("--data", default="packaged", help="packaged, or a folder or file of rows")
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--eval-rows", type=int, default=16)
-    parser.add_argument("--set", nargs="*", default=[], help="changes of the recipe: section.key=value ...")
-    parser.add_argument("--no-peft", action="store_true", help="don't load the adapter with PEFT")
-    parser.add_argument("--notebook", action="store_true", help="also train as notebook 04 does, on one GPU")
-    parser.add_argument("--kill", action="store_true", help="also kill a run and resume it")
-    parser.add_argument("--against", type=Path, help="an earlier result to compare with")
-    parser.add_argument("--label", default="", help="added to the name of the result")
+    parser.add_argument("folder", type=Path, help="for the model, the runs and the results")
+    parser.add_argument("--steps", type=int, default=14, help="optimizer steps of each, 3 of them to warm up")
+    parser.add_argument("--minutes", type=float, default=7, help="begin no run that would end later")
+    parser.add_argument("--only", default=",".join(RUNS), help="names of RUNS, with commas")
+    parser.add_argument(
+        "--kill", action="store_true", help="also kill and resume both strategies on two GPUs"
+    )
+    parser.add_argument("--small", action="store_true", help="two narrow layers, to try this on a CPU")
+    parser.add_argument("--notebook-to", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    quiet()
-    began = time.monotonic()
-    profile = profiles.load_profile(args.profile, args.overrides)
-    half = max(1, args.steps // 2)
-    profile = replace(profile, max_steps=args.steps, eval_steps=half, eval_rows=args.eval_rows)
-    profile = replace(profile, model=args.model or profile.model, data=args.data)
-    cpu = profile.device == "cpu"
-    workspace = Workspace(str(args.out))
-    data.write_processed(data.load_with_report(args.data, workspace)[0], workspace.data)
-    run = Run("07", {}, profile, workspace)
-    folder = recipe.fresh_folder(workspace)
-    path = recipe.write_recipe(run, folder / "recipe.yaml", folder / "run", args.gpus)
-    change(path, args.set)
-    report = check_recipe(path, args.gpus)
-    print(f"{report}\n(checked after {time.monotonic() - began:.0f} s)", flush=True)
+    args.folder = args.folder.resolve()
+    if args.notebook_to:
+        args.notebook_to.write_text(json.dumps(notebook(args.folder / "model", args.steps)))
+        return
+    began, longest = time.monotonic(), 60.0
 
-    watch = MemoryWatch()
-    watch.start()
-    panel = RecipePanel("recipe", png=folder / "recipe.png", live=False)
-    started = time.monotonic()
-    adapter = run_recipe(path, panel, args.gpus, cpu=cpu)
-    seconds = time.monotonic() - started
-    memory = watch.end()
-    history = with_tokens(panel.history)
-    keys = keys_of(adapter)
-    card = {
-        "benchmark": "recipe",
-        "command": shlex.join(["python", "benchmarks/recipe_bench.py", *sys.argv[1:]]),
-        "device": machine.describe(),
-        "profile": asdict(profile),
-        "weights": "random" if args.random or profile.model == "random" else profile.model,
-        "gpus": args.gpus,
-        "base_parameters": report.base_parameters,
-        "trainable_parameters": report.trainable,
-        "global_batch_size": profile.batch_size,
-        "local_batch_size": read_recipe(path).get("step_scheduler.local_batch_size"),
-        "accumulation": report.accumulation,
-        "set": args.set,
-        **speed(history),
-        "peak_allocated_gib_first_gpu": round(max(row["memory_gib"] for row in trained(history)), 2),
-        "peak_in_use_gib_each_gpu": memory,
-        "losses": [row["loss"] for row in trained(history)],
-        "learning_rates": [row["learning_rate"] for row in trained(history)],
-        "validation": {str(row["step"]): row["eval_loss"] for row in history if "eval_loss" in row},
-        "run_seconds_with_start": round(seconds, 1),
-        "adapter_keys": len(keys),
-        "adapter_keys_sha256": hashlib.sha256(json.dumps(keys).encode()).hexdigest(),
-        "peft": {} if args.no_peft else through_peft(run, path, adapter),
-        "steps": history,
-    }
-    if args.against:
-        card["against"] = compare(card, json.loads(args.against.read_text()))
-    target = args.out / f"recipe_{args.gpus}gpu{args.label}.json"
-    write_card(target, **card)  # before the kill, which could go wrong
-    if args.notebook:
-        card["notebook_path"] = notebook_path(run, folder)
-        write_card(target, **card)
-    if args.kill:
-        card["kill_and_resume"] = kill_and_resume(run, args, cpu)
-        write_card(target, **card)
-    shown = {key: value for key, value in card.items() if key not in ("profile", "steps", "device")}
-    print(json.dumps(shown, indent=1))
-    print(f"{target}: {time.monotonic() - began:.0f} s altogether")
+    def left() -> float:
+        return 60 * args.minutes - (time.monotonic() - began)
+
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if not (args.folder / "model").is_dir():
+        make_model(args.folder / "model", args.small)
+    print(f"the model is there after {time.monotonic() - began:.0f} s", flush=True)
+    beside = args.folder / "notebook.json"
+    line = [
+        sys.executable,
+        __file__,
+        str(args.folder),
+        "--steps",
+        str(args.steps),
+        "--notebook-to",
+        str(beside),
+    ]
+    subprocess.run(line, timeout=max(1, left()), check=False)
+    trainer = json.loads(beside.read_text()) if beside.is_file() else {}
+    print(f"notebook 04's trainer: {trainer} after {time.monotonic() - began:.0f} s", flush=True)
+    for name in args.only.split(","):
+        if left() < longest:
+            print(f"{name}: no time left", flush=True)
+            continue
+        started = time.monotonic()
+        card = recipe_run(name, args, left())
+        card["notebook_tokens_per_second"] = trainer.get("tokens_per_second")
+        write_card(args.folder / f"recipe_{name}.json", **card)
+        longest = max(longest, time.monotonic() - started)
+        shown = card.get("error") or (
+            f"{card['tokens_per_second']:,.0f} tokens/s, {card['peak_allocated_gib_first_gpu']} GiB, "
+            f"passes {card['passes']}, losses {card['losses'][:3]}"
+        )
+        print(f"{name}: {shown} [{time.monotonic() - started:.0f} s]\n{card.get('log', '')}", flush=True)
+    for name in ("2gpu_ddp", "2gpu_fsdp2") if args.kill else ():
+        if left() > 2 * longest:
+            found = kill_and_resume(name, args, left())
+            write_card(args.folder / f"recipe_{name}_killed.json", benchmark="recipe_killed", **found)
+            print(f"{name}, killed and resumed: {found}", flush=True)
 
 
 if __name__ == "__main__":

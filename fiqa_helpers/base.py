@@ -190,9 +190,11 @@ def disk_errors(place: Path, remedy: str) -> Iterator[None]:
     """Turn the error of a full disk inside the block into a `WorkshopError` that ends in `remedy`."""
     try:
         yield
-    except Exception as error:  # safetensors and tokenizers have exceptions of their own for a full disk
-        number = getattr(error, "errno", None)
-        if number not in (errno.ENOSPC, errno.EDQUOT) and "os error 28" not in str(error):
+    except Exception as error:  # safetensors, tokenizers and torch have words of their own for a full disk
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not any(
+            sign in str(error) for sign in ("os error 28", "inline_container", "iostream")
+        ):
             raise
         raise WorkshopError(f"The disk of {place} is full: free some space or {remedy}.") from None
 

@@ -206,22 +206,25 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
 def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
     """One object per line, a list of objects, or an object with that list as its `data`."""
     with path.open(encoding="utf-8-sig") as file:
-        texts = list(file)
-    try:
-        json.loads(next(filter(str.strip, texts), "{}"))
-    except ValueError:  # the first line is no value of its own: one value over all lines
-        texts = ["".join(texts)]
-    for number, text in enumerate(texts, 1):
-        if not text.strip():
-            continue
+        first = next(filter(str.strip, file), "{}")
+        file.seek(0)
         try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number + error.lineno - 1} is not JSON: {error.msg}") from None
-        if isinstance(value, dict) and isinstance(value.get("data"), list):
-            value = value["data"]
-        whole = isinstance(value, list) and len(texts) == 1
-        yield from enumerate(value, 1) if whole else [(number, value)]
+            one_per_line = isinstance(json.loads(first), dict)
+        except ValueError:  # the beginning of a value that goes over several lines
+            one_per_line = False
+        for number, text in enumerate(file if one_per_line else [file.read()], 1):
+            if not text.strip():
+                continue
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number + error.lineno - 1} is not JSON: {error.msg}") from None
+            if isinstance(value, dict) and isinstance(value.get("data"), list):
+                yield from enumerate(value["data"], 1)
+            elif isinstance(value, list) and not one_per_line:
+                yield from enumerate(value, 1)
+            else:
+                yield number, value
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
@@ -363,10 +366,12 @@ def write_processed(splits: "DatasetDict", folder: Path, source: str = "") -> li
     manifest = {"source": source, "licence": ASSETS["fiqa_test"].licence, "splits": {}}
     with disk_errors(folder, "set the parameter workdir to another folder"):
         for split in SPLITS:
-            rows = [row | {"answer": row["ground_truths"][0]} for row in splits[split]]
             with atomic_writer(folder / PROCESSED[split]) as file:
-                file.write("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
-            manifest["splits"][split] = {"rows": len(rows), "sha256": fingerprint(splits[split])}
+                for number, row in enumerate(splits[split]):
+                    row = row | {"answer": row["ground_truths"][0]}
+                    file.write((",\n" if number else "[\n") + json.dumps(row, ensure_ascii=False))
+                file.write("\n]\n")
+            manifest["splits"][split] = {"rows": len(splits[split]), "sha256": fingerprint(splits[split])}
         with atomic_writer(folder / MANIFEST) as file:
             file.write(json.dumps(manifest, indent=1) + "\n")
     return [folder / PROCESSED[split] for split in SPLITS]
@@ -380,18 +385,21 @@ def read_processed(folder: Path) -> "DatasetDict":
     """
     from datasets import Dataset, DatasetDict
 
-    contents, found = {}, DatasetDict()
+    found = DatasetDict()
     try:
-        for name in [*PROCESSED.values(), MANIFEST]:
-            contents[name] = json.loads((folder / name).read_text(encoding="utf-8"))
-        for split, name in PROCESSED.items():
-            rows = Dataset.from_list(contents[name]).select_columns(["question", "ground_truths"])
-            if fingerprint(rows) != contents[MANIFEST]["splits"][split]["sha256"]:
+        for split in SPLITS:
+            path = folder / PROCESSED[split]
+            rows = Dataset.from_list(json.loads(path.read_text(encoding="utf-8")))
+            found[split] = rows.select_columns(["question", "ground_truths"])
+        path = folder / MANIFEST
+        expected = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        for split in SPLITS:
+            if fingerprint(found[split]) != expected[split]["sha256"]:
+                path = folder / PROCESSED[split]
                 raise ValueError("these are rows of another run")
-            found[split] = rows
     except (OSError, ValueError, LookupError, TypeError):
         raise WorkshopError(
-            f"{folder / name} is missing or not what notebook 01 wrote: run notebook 01_explore_fiqa first."
+            f"{path} is missing or not what notebook 01 wrote: run notebook 01_explore_fiqa first."
         ) from None
     return found
 

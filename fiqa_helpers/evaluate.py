@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -16,7 +16,8 @@ from fiqa_helpers import metrics
 from fiqa_helpers.base import WorkshopError, atomic_writer, write_card, write_json
 from fiqa_helpers.data import fingerprint, load_with_report, read_processed
 from fiqa_helpers.generate import GUARD, Answer, generate_answers
-from fiqa_helpers.metrics import FEW_ROWS, METRICS, PRIMARY, Comparison, compare
+from fiqa_helpers.metrics import METRICS, PRIMARY, Comparison, compare
+from fiqa_helpers.model import load_kept
 from fiqa_helpers.rows import build_prompt, encode
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fiqa_helpers.base import Workspace
-    from fiqa_helpers.metrics import Similarity
+    from fiqa_helpers.metrics import Score
     from fiqa_helpers.profiles import Profile
     from fiqa_helpers.show import Shown
 
@@ -96,6 +97,22 @@ def training_questions(card: dict, workspace: "Workspace") -> set[str]:
 def normalized(question: str) -> str:
     """Two questions are the same when these are: case, punctuation and spaces don't count."""
     return " ".join(re.findall(r"\w+", question.casefold())) or question
+
+
+def voice_texts(profile: "Profile") -> tuple[list[str], list[str]]:
+    """People's whole answers to the packaged training questions, and the untuned model's, which are kept.
+
+    `metrics.train_voice` learns from them. Both are empty, and it is said why, where the model or the rows
+    are others than those that were kept.
+    """
+    if (profile.model, profile.data) != ("packaged", "packaged"):
+        print(
+            "Voice is not measured: answers of the untuned model are kept for SmolLM2 and the packaged rows."
+        )
+        return [], []
+    kept = json.loads((load_kept().folder / "untuned_answers.json").read_text(encoding="utf-8"))
+    people = [row["ground_truths"][0] for row in load_with_report("packaged")[0]["train"]]
+    return people, [*kept["plain"], *kept["chat"]]
 
 
 # --- Answers are made in batches and kept as soon as they exist: a killed evaluation repeats none.
@@ -208,7 +225,7 @@ def identity(model: "PreTrainedModel", tuned: bool = True) -> dict[str, object]:
         values = weights.detach().flatten()[:: max(1, weights.numel() // 64)][:64].float().cpu()
         base.update(f"{plain} {tuple(weights.shape)}".encode() + values.numpy().tobytes())
     found = {"base": base.hexdigest(), "precision": f"{model.dtype} on {model.device.type}"}
-    if tuned and has_adapter(model):
+    if tuned and hasattr(model, "disable_adapter"):
         settings = model.peft_config[model.active_adapter].to_dict()
         found |= {"adapter": adapter.hexdigest()} | {key: settings[key] for key in ADAPTER_SETTINGS}
     return found
@@ -217,14 +234,9 @@ def identity(model: "PreTrainedModel", tuned: bool = True) -> dict[str, object]:
 ADAPTER_SETTINGS = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
 
-def has_adapter(model: "PreTrainedModel") -> bool:
-    """Whether `model` is a PEFT model whose adapter can be switched off."""
-    return hasattr(model, "disable_adapter") and bool(getattr(model, "peft_config", None))
-
-
 def asked(model: "PreTrainedModel", tuned: bool) -> AbstractContextManager:
     """Context in which the tuned model, or its base with the adapter off, is the one that is asked."""
-    return nullcontext() if tuned or not has_adapter(model) else model.disable_adapter()
+    return nullcontext() if tuned or not hasattr(model, "disable_adapter") else model.disable_adapter()
 
 
 # --- How likely a model finds the reference answers: a measure that needs no generated text.
@@ -275,26 +287,21 @@ class Evaluated:
             sample[metric] = value
 
 
-def register_fiqa(
-    rows: Sequence[dict], prompts: Sequence[str], similarity: "Similarity"
-) -> "EvalEnvironment":
+def register_fiqa(rows: Sequence[dict], prompts: Sequence[str], score: "Score") -> "EvalEnvironment":
     """Register `rows` (`question`, `ground_truths`) as the environment `fiqa` and return it.
 
-    Semantic similarity is the SDK's reward, so its own summary gives the primary metric; the other metrics
-    are in the scoring details of each sample.
+    `score` is what `metrics.make_score` returns. Semantic similarity is the SDK's reward, so its own summary
+    gives the primary metric; the other metrics are in the scoring details of each sample.
     """
     from nemo_evaluator import ScorerInput, SeedResult, benchmark, get_environment, scorer
-
-    references = [text for row in rows for text in row["ground_truths"]]
-    similarity.embed(references)  # many texts of a batch cost little more than one
 
     def seed(row: dict, index: int) -> SeedResult:
         return SeedResult(prompts[index], expected_answer=row["ground_truths"][0], metadata={"row": index})
 
     @benchmark(name="fiqa", dataset=lambda: [dict(row) for row in rows], seed_fn=seed)
     @scorer
-    def score(sample: ScorerInput) -> dict[str, float]:
-        scores = metrics.score(sample.response, rows[sample.metadata["row"]]["ground_truths"], similarity)
+    def all_metrics(sample: ScorerInput) -> dict[str, float]:
+        scores = score(sample.response, rows[sample.metadata["row"]]["ground_truths"])
         return {"reward": scores[PRIMARY], **scores}
 
     return get_environment("fiqa")
@@ -304,7 +311,7 @@ def evaluate(
     rows: Sequence[dict],
     prompts: Sequence[str],
     solver: "Solver",
-    similarity: "Similarity",
+    score: "Score",
     label: str,
     folder: Path,
 ) -> Evaluated:
@@ -316,7 +323,7 @@ def evaluate(
     from nemo_evaluator import run_evaluation
 
     run = run_evaluation(
-        register_fiqa(rows, prompts, similarity),
+        register_fiqa(rows, prompts, score),
         solver,
         step_log_dir=folder,
         max_system_retries=1,
@@ -351,16 +358,12 @@ def evaluate(
 Floors = dict[str, list[dict[str, float]]]  # name of the floor -> the metrics of every row
 
 
-def score_floors(rows: Sequence[dict], similarity: "Similarity", seed: int = 0) -> Floors:
+def score_floors(rows: Sequence[dict], score: "Score", seed: int = 0) -> Floors:
     """The floors of `metrics.floors`, scored on the same `rows` by the same metrics as the answers."""
-    answers = metrics.floors(rows, seed)
-    similarity.embed([answer for column in answers.values() for answer in column])  # all at once
+    references = [row["ground_truths"] for row in rows]
     return {
-        name: [
-            metrics.score(text, row["ground_truths"], similarity)
-            for text, row in zip(column, rows, strict=True)
-        ]
-        for name, column in answers.items()
+        name: [score(answer, texts) for answer, texts in zip(answers, references, strict=True)]
+        for name, answers in metrics.floors(rows, seed).items()
     }
 
 
@@ -376,27 +379,6 @@ def compare_all(base: Evaluated, tuned: Evaluated, seed: int = 0) -> dict[str, C
     """Tuned minus base in every metric that both have."""
     shared = [name for name in METRICS if name in base.samples[0] and name in tuned.samples[0]]
     return {name: compare(name, base.values(name), tuned.values(name), seed) for name in shared}
-
-
-def in_words(found: Comparison, floors: Mapping[str, float], all_rows: int) -> str:
-    """What a comparison allows one to say, and what it does not; `floors` are means of the same metric.
-
-    `all_rows` are there to be tested.
-    """
-    said = found.in_words()
-    lines = [said[:1].upper() + said[1:]]
-    if found.rows < FEW_ROWS:
-        lines.append(
-            f"With fewer than {FEW_ROWS} rows even this interval is too narrow rather than too wide: "
-            f"take it for a hint, to be tested on more of the {all_rows} test rows."
-        )
-    best = max(floors, key=floors.get)
-    stands = ["below" if mean < floors[best] else "not below" for mean in (found.base, found.tuned)]
-    lines.append(
-        f"The highest floor is {best!r} with {floors[best]:.3f}: the base model's {found.base:.3f} is "
-        f"{stands[0]} it, the tuned model's {found.tuned:.3f} is {stands[1]} it."
-    )
-    return "\n".join(lines)
 
 
 def answers_of(base: Evaluated, tuned: Evaluated, rows: Sequence[int], caption: str) -> "Shown":

@@ -4,7 +4,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from fiqa_helpers.base import WorkshopError
 
 if TYPE_CHECKING:
     import numpy as np
+    from sklearn.pipeline import Pipeline
 
 # --- Semantic similarity with MiniLM, of whole texts: what is longer than its window is embedded in chunks.
 
@@ -87,8 +88,10 @@ class Metric:
 
 METRICS = {
     "similarity": Metric("semantic similarity", 1, "MiniLM cosine, whole texts (primary)"),
+    "tfidf": Metric("topic words", 1, "TF-IDF cosine of the words that are no stop words"),
     "token_f1": Metric("token F1", 1, "shared words, whatever their order, whole texts"),
     "token_f1_60": Metric("token F1, 60 words", 1, "the same of the first 60 words of both texts"),
+    "voice": Metric("voice", 1, "how little a text is recognised as the untuned model's"),
     "stopped": Metric("stopped by itself", 1, "share of answers that ended before the length limit"),
     "repeated": Metric("repeated 4-grams", -1, "share of word 4-grams that occurred before"),
     "nll": Metric("reference NLL", -1, "nats per token of the reference answer"),
@@ -98,7 +101,7 @@ METRICS = {
     "length_ratio": Metric("length / reference", 0, "words of the answer over words of the reference"),
 }
 PRIMARY = "similarity"
-VERSION = 2  # raise it when a definition changes: summaries name it
+VERSION = 3  # raise it when a definition changes: summaries name it
 
 # A text that answers every question alike: what any decent finance answer says, and nothing of its own.
 FIXED_ANSWER = (
@@ -109,15 +112,43 @@ FIXED_ANSWER = (
 )
 
 
-def score(answer: str, references: Sequence[str], similarity: Similarity) -> dict[str, float]:
-    """All metrics of one answer that need no model, each against the reference that suits it best."""
-    answer = answer.strip()
-    return {
-        "similarity": similarity.best(answer, references),
-        "token_f1": max(token_f1(answer, reference) for reference in references),
-        "token_f1_60": max(token_f1(answer, reference, words=60) for reference in references),
-        "repeated": repeated(answer),
-    }
+Score = Callable[[str, Sequence[str]], dict[str, float]]
+
+
+def make_score(similarity: Similarity, people: Sequence[str] = (), voices: "Pipeline | None" = None) -> Score:
+    """What scores an answer: (answer, references) -> every metric that needs no model that answers.
+
+    Each metric is against the reference that suits the answer best. `people` are the answers of the training
+    rows, which say how rare a word is; without them there are no topic words. `voices` is what
+    `train_voice` returns; without it there is no voice.
+    """
+    topic = topic_words(people) if people else None
+
+    def score(answer: str, references: Sequence[str]) -> dict[str, float]:
+        answer = answer.strip()
+        found = {"similarity": similarity.best(answer, references)}
+        if topic:
+            found["tfidf"] = topic(answer, references)
+        found["token_f1"] = max(token_f1(answer, reference) for reference in references)
+        found["token_f1_60"] = max(token_f1(answer, reference, words=60) for reference in references)
+        if voices:
+            found["voice"] = voice(voices, answer)
+        return found | {"repeated": repeated(answer)}
+
+    return score
+
+
+def topic_words(texts: Sequence[str]) -> Callable[[str, Sequence[str]], float]:
+    """A second judge of the topic, which chose no training text: TF-IDF cosine, stop words left out.
+
+    How rare a word is comes from `texts`. What it returns takes an answer and its references.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectors = TfidfVectorizer(stop_words="english", sublinear_tf=True).fit(texts)
+    return lambda answer, references: float(
+        (vectors.transform(references) @ vectors.transform([answer]).T).toarray().max()
+    )
 
 
 def token_f1(answer: str, reference: str, words: int | None = None) -> float:
@@ -130,6 +161,40 @@ def token_f1(answer: str, reference: str, words: int | None = None) -> float:
     said, wanted = (Counter(re.findall(r"[a-z0-9]+", text.lower())) for text in cut)
     shared = (said & wanted).total()
     return 2 * shared / (said.total() + wanted.total()) if shared else 0.0
+
+
+def windows(text: str, size: int = 20, words: int = 60) -> list[str]:
+    """The first `words` words in windows of `size`: letters only, so that no quotes or line breaks decide."""
+    found = re.sub(r"[^a-z' ]+", " ", text.lower().replace("\u2019", "'")).split()[:words]
+    parts = [found[start : start + size] for start in range(0, len(found), size)]
+    if len(parts) > 1 and len(parts[-1]) < size // 2:
+        parts[-2:] = [parts[-2] + parts[-1]]
+    return [" ".join(part) for part in parts] or [""]
+
+
+def train_voice(people: Sequence[str], untuned: Sequence[str]) -> "Pipeline":
+    """A classifier that tells people's answers (1) from the untuned model's (0) by their words.
+
+    A classifier two-sample test (Lopez-Paz and Oquab 2017, arXiv:1610.06545). Both are answers to training
+    questions. It learns windows of 20 words, so that neither length nor an opening phrase decides.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    sides = ((1, people), (0, untuned))
+    pairs = [(part, label) for label, texts in sides for text in texts for part in windows(text)]
+    vectors = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    classifier = LogisticRegression(C=10, max_iter=3000, class_weight="balanced")
+    return make_pipeline(vectors, classifier).fit(*zip(*pairs, strict=True))
+
+
+def voice(voices: "Pipeline", answer: str) -> float:
+    """How little `answer` is recognised as the untuned model's: 0 surely its own, 1 nothing of it.
+
+    The classifier knows one class, the untuned model. People's words in random order score above people.
+    """
+    return float(voices.predict_proba(windows(answer))[:, 1].mean())
 
 
 def repeated(text: str, n: int = 4) -> float:
@@ -149,11 +214,13 @@ def floors(rows: Sequence[dict], seed: int = 0) -> dict[str, list[str]]:
     """
     if len(rows) < 2:
         raise WorkshopError(f"{len(rows)} row cannot be evaluated: take at least 2, as the floors need them.")
+    others = [rows[i]["ground_truths"][0] for i in derangement(len(rows), seed)]
+    draw = random.Random(seed)
     return {
         "echo the question": [row["question"] for row in rows],
-        "another row's answer": [rows[i]["ground_truths"][0] for i in derangement(len(rows), seed)],
+        "another row's answer": others,
+        "its words shuffled": [" ".join(draw.sample(text.split(), len(text.split()))) for text in others],
         "one fixed answer": [FIXED_ANSWER] * len(rows),
-        "empty": [""] * len(rows),
     }
 
 

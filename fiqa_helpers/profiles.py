@@ -199,7 +199,7 @@ def from_card(settings: dict[str, Any]) -> Profile:
 def choose_profile() -> tuple[str, str]:
     """(name, reason) of the largest profile that this machine can run."""
     gpu = machine.gpu()
-    if why := _unfit(gpu, "bfloat16"):
+    if why := _trouble(gpu):
         return "laptop", why
     for name, needed in MEMORY_NEEDED.items():
         free = f"{gpu.name} has {gpu.free_gib:.0f} GiB free, {needed} are needed"
@@ -208,21 +208,17 @@ def choose_profile() -> tuple[str, str]:
     return "laptop", f"{free} for {name}"
 
 
-def _unfit(gpu: machine.Gpu | None, dtype: str) -> str:
-    """Why nothing can be computed in `dtype` on `gpu`; empty when it can."""
+def _trouble(gpu: machine.Gpu | None) -> str:
+    """Why nothing can be computed on `gpu`; empty when it can."""
     if gpu is None:
         return "no NVIDIA GPU was found"
-    if gpu.problem:
-        return f"{gpu.name} cannot be used: {gpu.problem}"
-    if dtype == "bfloat16" and not gpu.bf16:
-        return f"{gpu.name} does not compute in bf16"
-    return ""
+    return gpu.problem and f"{gpu.name} cannot be used: {gpu.problem}"
 
 
 def _refuse_if_impossible(profile: Profile) -> None:
     """A run that this machine's GPU cannot make stops here, with the remedy, before any download."""
     gpu, config = machine.gpu(), machine.config_of(profile)
-    problem = _unfit(gpu, profile.dtype)
+    problem = _trouble(gpu)
     if config and not problem:
         problem = machine.memory_advice(profile, config, gpu.free_gib * machine.GIB)
     if problem:

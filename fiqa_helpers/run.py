@@ -9,19 +9,11 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fiqa_helpers.base import (
-    WorkshopError,
-    Workspace,
-    disk_errors,
-    install_notebook_handler,
-    is_interactive,
-    read_card,
-    shown,
-    write_card,
-)
+from fiqa_helpers import base
+from fiqa_helpers.base import WorkshopError, Workspace, read_card, shown
 from fiqa_helpers.machinery import machine
 from fiqa_helpers.profiles import MUST_AGREE, REFERENCE, Profile, load_profile, profile_name
-from fiqa_helpers.show import Picture
+from fiqa_helpers.show import Picture, style_page
 
 _NAMES = "00_start_here 01_explore_fiqa 02_format_prompts 03_set_up_lora 04_train 05_generate 06_evaluate"
 NOTEBOOKS = {name[:2]: name for name in [*_NAMES.split(), "07_scale_out"]}
@@ -41,7 +33,7 @@ def start(namespace: dict, number: str) -> "Run":
     # Threads that wait for each other go to sleep. The default, waiting busily, made generation ten times
     # slower on two cores that other programs use too. Read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    install_notebook_handler()
+    base.install_notebook_handler()
     quiet()
     if not __debug__:
         raise WorkshopError(
@@ -53,6 +45,8 @@ def start(namespace: dict, number: str) -> "Run":
     if not parameters["overrides"].strip():
         parameters["overrides"] = travelled(number, name, workspace)
     profile = load_profile(name, parameters["overrides"])
+    if base.is_interactive():
+        style_page()
     print(profile.banner())
     return Run(number, parameters, profile, workspace)
 
@@ -109,8 +103,8 @@ class Run:
         """Write the run card: `figure` is the main result in a few words, `facts` its numbers."""
         path = self.workspace.run_cards / f"{self.number}.json"
         minutes, peak = (time.time() - self.started) / 60, machine.peak_memory_gib()
-        with disk_errors(path.parent, "set the parameter workdir to another folder"):
-            write_card(
+        with base.disk_errors(path.parent, "set the parameter workdir to another folder"):
+            base.write_card(
                 path,
                 notebook=NOTEBOOKS[self.number],
                 parameters=self.parameters,
@@ -156,7 +150,7 @@ def check_parameters(namespace: dict) -> dict:
 
 def quiet() -> None:
     """Silence the library messages that a reader can do nothing about; errors still show."""
-    if not is_interactive():  # every redrawing of a bar would be kept in the executed file
+    if not base.is_interactive():  # every redrawing of a bar would be kept in the executed file
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

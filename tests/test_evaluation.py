@@ -20,10 +20,8 @@ SHORT = Decoding(max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")
-def similarity():
-    from fiqa_helpers.metrics import Similarity
-
-    return Similarity()
+def score():
+    return metrics.make_score(metrics.Similarity())
 
 
 @pytest.fixture
@@ -75,31 +73,29 @@ def answered(workspace, rows, model, tokenizer, tuned=True, decoding=SHORT, batc
     return evaluate.answer_rows(workspace, rows, model, tokenizer, "plain", decoding, tuned, batch_size)
 
 
-def scored(rows, solver, similarity, label, folder=None):
+def scored(rows, solver, score, label, folder=None):
     prompts = [row["question"] for row in rows]
-    return evaluate.evaluate(rows, prompts, solver, similarity, label, folder or solver.folder)
+    return evaluate.evaluate(rows, prompts, solver, score, label, folder or solver.folder)
 
 
-def both(workspace, rows, model, tokenizer, similarity, decoding=SHORT):
+def both(workspace, rows, model, tokenizer, score, decoding=SHORT):
     profile = profiles.load_profile("tiny", "{max_length: 160}")
     sides = []
     for label in ("base", "tuned"):
         solver = answered(workspace, rows, model, tokenizer, label == "tuned", decoding)
-        side = scored(rows, solver, similarity, label)
+        side = scored(rows, solver, score, label)
         with evaluate.asked(model, tuned=label == "tuned"):
             side.add("nll", reference_nll(model, tokenizer, rows, profile))
         sides.append(side)
     return sides
 
 
-def test_a_copy_of_the_base_is_no_difference(workspace, rows, adapted, tiny_tokenizer, similarity):
+def test_a_copy_of_the_base_is_no_difference(workspace, rows, adapted, tiny_tokenizer, score):
     """An adapter that changes nothing must not win or lose by chance, in any metric."""
-    found = compare_all(*both(workspace, rows, adapted, tiny_tokenizer, similarity))
+    found = compare_all(*both(workspace, rows, adapted, tiny_tokenizer, score))
     assert set(found) == {"similarity", "token_f1", "token_f1_60", "stopped", "repeated", "nll"}
     assert {comparison.verdict for comparison in found.values()} == {"no difference"}
-    floors = evaluate.floor_means(evaluate.score_floors(rows, similarity))
-    means = {name: values["similarity"] for name, values in floors.items()}
-    assert "no difference is shown" in evaluate.in_words(found["similarity"], means, len(rows))
+    assert "no difference is shown" in found["similarity"].in_words()
 
 
 def test_the_base_is_asked_without_the_adapter(workspace, rows, adapted, tiny_tokenizer, tiny_model, batches):
@@ -120,10 +116,10 @@ def test_the_base_is_asked_without_the_adapter(workspace, rows, adapted, tiny_to
     assert alone == base.answers, "a batch in the wrong order gives a row another's answer"
 
 
-def test_an_oracle_is_perfect(workspace, rows, similarity):
+def test_an_oracle_is_perfect(workspace, rows, score):
     """If the reference itself does not score 1, solver or scorer were handed the wrong row."""
     oracle = Replay([Answer(row["ground_truths"][0], True, 1) for row in rows], workspace.evaluation)
-    found = scored(rows, oracle, similarity, "oracle")
+    found = scored(rows, oracle, score, "oracle")
     for name in ("similarity", "token_f1", "token_f1_60", "stopped"):
         assert found.values(name) == pytest.approx([1.0] * len(rows), abs=1e-5), name
     assert [sample["question"] for sample in found.samples] == [row["question"] for row in rows]
@@ -337,36 +333,36 @@ def server():
     found.server_close()
 
 
-def served(url, name, rows, tokenizer, similarity, folder):
+def served(url, name, rows, tokenizer, score, folder):
     """As notebook 06 asks an endpoint."""
     from nemo_evaluator import CompletionSolver
 
     solver = CompletionSolver(url, name, temperature=0.0, max_tokens=16)
     prompts = evaluate.prompt_texts(rows, tokenizer)
-    return evaluate.evaluate(rows, prompts, solver, similarity, name, folder)
+    return evaluate.evaluate(rows, prompts, solver, score, name, folder)
 
 
 def test_an_endpoint_gets_the_workshops_own_prompt(
-    workspace, rows, tiny_tokenizer, similarity, server, nemotron_tokenizer
+    workspace, rows, tiny_tokenizer, score, server, nemotron_tokenizer
 ):
     """A served model that is asked in another form, or not greedily, is not the model that was trained."""
     from fiqa_helpers.rows import build_prompt
 
     url, asked = server
-    found = served(url, "base", rows, tiny_tokenizer, similarity, workspace.evaluation)
+    found = served(url, "base", rows, tiny_tokenizer, score, workspace.evaluation)
     prompts = sorted(build_prompt(row["question"]) for row in rows)
     assert sorted(request["prompt"] for request in asked) == prompts
     assert {(request["temperature"], request["max_tokens"]) for request in asked} == {(0.0, 16)}
-    echo = evaluate.score_floors(rows, similarity)["echo the question"]
+    echo = evaluate.score_floors(rows, score)["echo the question"]
     assert found.values("similarity") == pytest.approx([scores["similarity"] for scores in echo])
     (chat,) = evaluate.prompt_texts(rows[:1], nemotron_tokenizer, "chat")
     assert not chat.startswith(nemotron_tokenizer.bos_token), "the server writes it: there would be two"
 
 
-def test_a_server_that_fails_is_no_table_of_zeros(workspace, rows, tiny_tokenizer, similarity, server):
+def test_a_server_that_fails_is_no_table_of_zeros(workspace, rows, tiny_tokenizer, score, server):
     """The SDK can score a failed request as 0: a crash would be reported as a model that got worse."""
     with pytest.raises((WorkshopError, RuntimeError)):
-        served(server[0], "tuned", rows[:2], tiny_tokenizer, similarity, workspace.evaluation)
+        served(server[0], "tuned", rows[:2], tiny_tokenizer, score, workspace.evaluation)
 
     class Broken:
         async def solve(self, task):
@@ -375,16 +371,16 @@ def test_a_server_that_fails_is_no_table_of_zeros(workspace, rows, tiny_tokenize
             raise GracefulError("no answer today")
 
     with pytest.raises(WorkshopError, match="gave no answer to row 0.*no answer today"):
-        scored(rows[:2], Broken(), similarity, "broken", workspace.evaluation)
+        scored(rows[:2], Broken(), score, "broken", workspace.evaluation)
 
 
 def test_files_hold_every_row_and_the_plot_says_what_it_shows(
     workspace, rows, adapted, tiny_tokenizer, similarity
 ):
     """A summary without its rows cannot be checked, and a figure without words is not there for everyone."""
-    base, tuned = both(workspace, rows, adapted, tiny_tokenizer, similarity)
+    base, tuned = both(workspace, rows, adapted, tiny_tokenizer, score)
     tuned.add("similarity", [0.9, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.1])
-    floors = evaluate.score_floors(rows, similarity)
+    floors = evaluate.score_floors(rows, score)
     found = compare_all(base, tuned)
     files = evaluate.save_evaluation(workspace, rows, base, tuned, floors, found, profile="tiny")
     lines = [json.loads(line) for line in files[0].read_text().splitlines()]
@@ -402,9 +398,9 @@ def test_files_hold_every_row_and_the_plot_says_what_it_shows(
     assert f"{found['similarity'].difference:+.3f}" in alt and "zero" in alt
 
 
-def test_answers_are_shown_escaped(workspace, rows, adapted, tiny_tokenizer, similarity):
+def test_answers_are_shown_escaped(workspace, rows, adapted, tiny_tokenizer, score):
     """Generated text that reaches the page as HTML runs there."""
-    base, tuned = both(workspace, rows, adapted, tiny_tokenizer, similarity)
+    base, tuned = both(workspace, rows, adapted, tiny_tokenizer, score)
     tuned.add("answer", ["<script>alert(1)</script>"] * 8)
     shown = evaluate.answers_of(base, tuned, [7, 0], "two rows")
     assert "<script>" not in shown.html and "&lt;script&gt;" in shown.html
@@ -412,7 +408,7 @@ def test_answers_are_shown_escaped(workspace, rows, adapted, tiny_tokenizer, sim
 
 
 @pytest.mark.slow
-def test_a_broken_adapter_is_reported_as_worse(workspace, fiqa_rows, smollm2, similarity):
+def test_a_broken_adapter_is_reported_as_worse(workspace, fiqa_rows, smollm2, score):
     """The whole point: an adapter of random weights on the real model must not pass for a fine-tuned one."""
     from fiqa_helpers import model
 
@@ -420,14 +416,14 @@ def test_a_broken_adapter_is_reported_as_worse(workspace, fiqa_rows, smollm2, si
     tokenizer = model.load_tokenizer(profile)
     broken = with_adapter(model.load_base(profile), profile, noise=0.3)
     rows = list(data.load_with_report("packaged")[0]["test"].select(range(10)))
-    found = compare_all(*both(workspace, rows, broken, tokenizer, similarity, Decoding(24)))
+    found = compare_all(*both(workspace, rows, broken, tokenizer, score, Decoding(24)))
     assert {found[name].verdict for name in ("similarity", "token_f1", "nll")} == {"worse"}
     assert found["similarity"].win_rate < 0.3
 
 
 @pytest.mark.slow
 def test_a_served_model_gives_the_answers_of_the_same_model_here(
-    workspace, fiqa_rows, smollm2, similarity, tmp_path
+    workspace, fiqa_rows, smollm2, score, tmp_path
 ):
     """Another prompt, a second BOS or sampling on the way to a server would change the answers."""
     import socket
@@ -451,7 +447,7 @@ def test_a_served_model_gives_the_answers_of_the_same_model_here(
         profile = profiles.load_profile("laptop")
         tokenizer = model.load_tokenizer(profile)
         url = f"http://127.0.0.1:{port}/v1"
-        there = served(url, str(smollm2), rows, tokenizer, similarity, workspace.evaluation)
+        there = served(url, str(smollm2), rows, tokenizer, score, workspace.evaluation)
     finally:
         server.kill()
         server.wait()

@@ -284,6 +284,7 @@ def test_stop_interrupts_samples_and_evaluations(tmp_path):
         trainer.train()
     assert panel.outcome == "stopped at step 4 of 40 (Stop button)"
     assert [sample["step"] for sample in panel.samples] == [0]  # the second was broken off
+    assert "no second sample and no second evaluation" in panel.summary
     assert model.training and trainer.state.global_step == 4
 
     def stop_in_evaluation(panel, trainer):

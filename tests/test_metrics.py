@@ -19,25 +19,32 @@ def similarity():
     return Similarity()
 
 
+@pytest.fixture(scope="module")
+def score(similarity):
+    return metrics.make_score(similarity, ["Bonds pay interest.", "Stocks pay dividends."])
+
+
 def test_the_reference_scores_one(similarity, fiqa_rows):
     """A perfect answer that is not scored as perfect would make every other figure suspect."""
     row = fiqa_rows[0]
-    scores = metrics.score(row["ground_truths"][0], row["ground_truths"], similarity)
-    for name in ("similarity", "token_f1", "token_f1_60"):
+    scores = metrics.make_score(similarity, row["ground_truths"])(
+        row["ground_truths"][0], row["ground_truths"]
+    )
+    for name in ("similarity", "tfidf", "token_f1", "token_f1_60"):
         assert scores[name] == pytest.approx(1, abs=1e-5), name
 
 
-def test_an_empty_answer_scores_zero(similarity, fiqa_rows):
+def test_an_empty_answer_scores_zero(score, fiqa_rows):
     """MiniLM gives the empty text a vector too; without care silence would be similar to something."""
-    scores = metrics.score("  \n", fiqa_rows[0]["ground_truths"], similarity)
+    scores = score("  \n", fiqa_rows[0]["ground_truths"])
     assert set(scores.values()) == {0.0}
 
 
-def test_the_best_reference_counts(similarity):
+def test_the_best_reference_counts(score):
     """With several references an answer that is one of them must not be averaged with the others."""
     references = ["Sell the bonds before the rates rise.", "Pay your credit card in full every month."]
     for reference in references:
-        scores = metrics.score(reference, references, similarity)
+        scores = score(reference, references)
         assert scores["similarity"] == pytest.approx(1, abs=1e-5)
         assert scores["token_f1"] == scores["token_f1_60"] == 1
 
@@ -99,6 +106,83 @@ def test_repetition_by_hand():
     assert metrics.repeated("one two three four five six seven") == 0
     assert metrics.repeated("only three words") == metrics.repeated("") == 0
     assert metrics.repeated("a b c d a b c d") == pytest.approx(1 / 5)
+
+
+def test_topic_words_see_the_topic_and_no_stop_words():
+    """Counted with its stop words, any English text would be near to any other."""
+    judge = metrics.topic_words(
+        ["the bonds pay interest to you", "the stocks pay dividends to you", "my rent"]
+    )
+    assert (
+        judge("bonds and interest", ["Interest of bonds", "rent"])
+        > judge("bonds", ["my rent and stocks"])
+        == 0
+    )
+    assert judge("to the and of", ["to the and of"]) == judge("", ["bonds"]) == 0
+    assert judge("stocks", ["rent", "stocks"]) == pytest.approx(1), "the best of several references counts"
+
+
+def test_windows_are_of_words_alone():
+    """Length, quotes or line breaks would tell a forum's post from a model's answer at once."""
+    assert metrics.windows("") == [""]
+    assert metrics.windows('Don’t "PAY",\n it: 5%') == ["don't pay it"]
+    parts = metrics.windows(" ".join(["word"] * 500))
+    assert [len(part.split()) for part in parts] == [20, 20, 20], "only the first sixty count"
+    assert [len(part.split()) for part in metrics.windows(" ".join(["word"] * 49))] == [20, 29]
+
+
+@pytest.fixture(scope="module")
+def voices():
+    """(classifier, people's answers, untuned answers): trained on 400 questions, the texts are of others."""
+    from fiqa_helpers import profiles
+    from fiqa_helpers.evaluate import voice_texts
+
+    people, kept = voice_texts(profiles.load_profile("laptop"))
+    plain, chat = kept[:500], kept[500:]
+    assert len(people) == len(plain) == len(chat) == 500
+    return metrics.train_voice(people[:400], plain[:400] + chat[:400]), people[400:], plain[400:]
+
+
+def mean_voice(voices, texts):
+    return sum(metrics.voice(voices, text) for text in texts) / len(texts)
+
+
+def test_voice_recognises_the_untuned_model_and_nothing_else(voices):
+    """Held out, it must tell the two apart; what it can not tell apart must be known, and is shown in 06."""
+    classifier, people, untuned = voices
+    of_people, of_model = mean_voice(classifier, people), mean_voice(classifier, untuned)
+    assert of_people > 0.75 and of_model < 0.25
+    draw = random.Random(0)
+    shuffled = [" ".join(draw.sample(text.split(), len(text.split()))) for text in people]
+    assert mean_voice(classifier, shuffled) > 0.8, (
+        "it knows one class: disorder is not the untuned model either"
+    )
+
+
+def test_an_opening_phrase_is_no_voice(voices):
+    """A prompt that makes every answer begin like a person's would win otherwise."""
+    classifier, _, untuned = voices
+    opened = [f"I don't think so. But if you ask me, {text}" for text in untuned]
+    assert 0 < mean_voice(classifier, opened) - mean_voice(classifier, untuned) <= 0.35
+
+
+def test_without_a_difference_voice_finds_none(voices):
+    """A classifier that learned length or order by heart would tell two halves of one kind apart."""
+    _, people, untuned = voices
+    texts = people[:50] + untuned[:50]
+    random.Random(0).shuffle(texts)
+    classifier = metrics.train_voice(texts[:50], texts[50:])
+    rest = people[50:] + untuned[50:]
+    assert mean_voice(classifier, rest) == pytest.approx(0.5, abs=0.08)
+
+
+def test_voice_is_absent_for_other_models_and_rows(capsys):
+    """Compared with another model's answers, any text is nobody's voice."""
+    from fiqa_helpers import profiles
+    from fiqa_helpers.evaluate import voice_texts
+
+    assert voice_texts(profiles.load_profile("tiny")) == ([], [])
+    assert "Voice is not measured" in capsys.readouterr().out
 
 
 @given(st.integers(2, 60), st.integers(0, 10_000))

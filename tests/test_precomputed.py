@@ -25,8 +25,8 @@ def make_precomputed() -> dict:
 
 
 def test_it_is_small():
-    """Some two megabytes, nearly all of them the adapter, is what a clone may cost for it."""
-    assert sum(path.stat().st_size for path in FILES) <= 2_200_000
+    """Adapter and untuned answers, and little else, are what a clone may cost for it."""
+    assert sum(path.stat().st_size for path in FILES) <= 2_400_000
 
 
 def test_it_is_of_real_weights_and_says_whose():

@@ -1,16 +1,18 @@
 """The trainer: losses per answer token, exact resume after kills, stops that say why."""
 
+import contextlib
 import json
-import math
 import os
 import pickle
 import random
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from training_child import Trainings, result
 
 from fiqa_helpers.base import WorkshopError
@@ -53,6 +55,7 @@ def wait_for_step(trainings, workdir: Path, process: int, step: int) -> None:
     manifest = checkpoints.checkpoint_folder(run_folder(workdir), step) / checkpoints.MANIFEST
     while not manifest.is_file():
         assert trainings.alive(process), trainings.log.read_text()
+        time.sleep(0.005)
 
 
 def test_three_kills_change_nothing(trainings, unkilled, tmp_path):
@@ -71,6 +74,7 @@ def test_two_resumes_in_a_row_from_one_checkpoint(trainings, unkilled, killed, t
     process = trainings.start(tmp_path / "run", overrides=SHORT)
     while "resuming from checkpoint-4" not in trainings.log.read_text():
         assert trainings.alive(process), trainings.log.read_text()
+        time.sleep(0.005)
     os.kill(process, signal.SIGKILL)
     trainings.wait()
     assert "resuming from checkpoint-4" in trainings.run(tmp_path / "run", overrides=SHORT)
@@ -83,9 +87,8 @@ def test_killed_between_the_files_and_the_manifest(trainings, unkilled, tmp_path
     trainings.start(tmp_path, dies_before_manifest_of="checkpoint-4", **job)
     assert trainings.wait() == -signal.SIGKILL
     said = trainings.run(tmp_path, **job)
-    assert "checkpoint-4 is not used: it has no manifest" in said and "resuming from checkpoint-2" in said
+    assert "checkpoint-4 is not used: it has no" in said and "resuming from checkpoint-2" in said
     assert result(tmp_path) == result(unkilled)
-    assert (run_folder(tmp_path) / "set_aside").is_dir()
 
 
 def test_killed_after_its_last_step(trainings, unkilled, tmp_path):
@@ -95,18 +98,6 @@ def test_killed_after_its_last_step(trainings, unkilled, tmp_path):
     assert "resuming from checkpoint-8" in trainings.run(tmp_path / "run", overrides=SHORT)
     assert checkpoints.steps_of(run_folder(tmp_path / "run"))[0] == 8
     assert result(tmp_path / "run") == result(unkilled)
-
-
-def test_sums_between_two_logs_survive(trainings, tmp_path):
-    """On resume transformers forgets the losses since the last log: the next logged mean would be wrong."""
-    job = {"overrides": SHORT, "logging_steps": 3}
-    trainings.run(tmp_path / "a", **job)
-    process = trainings.start(tmp_path / "b", **job)
-    wait_for_step(trainings, tmp_path / "b", process, 4)  # one step after a log
-    os.kill(process, signal.SIGKILL)
-    trainings.wait()
-    assert "resuming from checkpoint-" in trainings.run(tmp_path / "b", **job)
-    assert result(tmp_path / "b") == result(tmp_path / "a")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit-flipped", "missing", "no manifest"])
@@ -127,7 +118,6 @@ def test_resume_over_a_damaged_checkpoint(trainings, unkilled, killed, tmp_path,
     said = trainings.run(workdir, overrides=SHORT)
     assert f"{newest.name} is not used: " in said and "resuming from checkpoint-2" in said
     assert result(workdir) == result(unkilled)
-    assert len(list((run_folder(workdir) / "set_aside").iterdir())) == 1
 
 
 def test_moved_workspace_takes_its_best_adapter_along(trainings, unkilled, tmp_path):
@@ -145,37 +135,50 @@ def test_moved_workspace_takes_its_best_adapter_along(trainings, unkilled, tmp_p
 
 
 def test_damaged_best_checkpoint_is_not_loaded_at_the_end(trainings, killed, tmp_path):
-    """A best checkpoint that broke gives way to the best of the intact ones, and the run says so."""
+    """A best checkpoint that broke is not the result, and the run says so."""
     workdir = tmp_path / "run"
     shutil.copytree(killed, workdir)
     best = checkpoints.checkpoint_folder(run_folder(workdir), 2)
     state = run_folder(workdir) / "checkpoint-4" / "trainer_state.json"
-    text = state.read_text().replace('checkpoint-4"', 'checkpoint-2"')
-    assert text != state.read_text(), "checkpoint-4 was not the best: the test needs another seed"
-    state.write_text(text)
+    claims = {"best_metric": 0.0, "best_global_step": 2, "best_model_checkpoint": str(best)}
+    state.write_text(json.dumps(json.loads(state.read_text()) | claims))
     checkpoints.write_manifest(state.parent)
     (best / "adapter_model.safetensors").unlink()
     said = trainings.run(workdir, overrides=SHORT)
-    assert "checkpoint-2 is not used: adapter_model.safetensors is missing" in said
-    assert "The best adapter was in checkpoint-2; of those intact it is checkpoint-4" in said
-    assert result(workdir)["best"] != "checkpoint-2"
+    assert "checkpoint-2, the best by validation loss, is not used: adapter_model.safetensors" in said
+    last = run_folder(workdir) / "checkpoint-8" / "adapter_model.safetensors"
+    assert result(workdir)["adapter"] == last.read_bytes()
 
 
-def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(trainings, unkilled, tmp_path):
-    """A job whose time is over gets SIGTERM: at most the step in hand may be lost, and nothing changes."""
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signal_writes_a_checkpoint_and_says_how_to_go_on(trainings, unkilled, tmp_path, name):
+    """A job's time is over, a terminal closes: at most the step in hand may be lost, and nothing changes."""
     process = trainings.start(tmp_path, overrides=SHORT)
     wait_for_step(trainings, tmp_path, process, 2)
-    os.kill(process, signal.SIGTERM)
+    os.kill(process, signal.Signals[name])
     assert trainings.wait() == 1
     last = trainings.log.read_text().splitlines()[-1]
     newest = checkpoints.newest_complete(run_folder(tmp_path))
     step = newest.name.removeprefix("checkpoint-")
     assert last == (
-        f"WorkshopError: Training was told to stop (SIGTERM) after step {step} of 8: run this again with the "
-        f"same parameters and it goes on from {newest.name}."
+        f"WorkshopError: Training was told to stop ({name}) after step {step} of 8: run this again with the "
+        f"same parameters; the next run goes on from {newest.name}."
     )
     assert f"resuming from {newest.name}" in trainings.run(tmp_path, overrides=SHORT)
     assert result(tmp_path) == result(unkilled)
+
+
+def test_signal_that_is_ignored_stays_ignored(make_trainer):
+    """Whoever starts a training with nohup wants it to survive the terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trainer = make_trainer({"max_steps": 2})
+        head = trainer.model.get_output_embeddings()
+        head.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGHUP))
+        trainer.train()
+        assert trainer.state.global_step == 2 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_out_of_memory_gives_advice_and_keeps_the_checkpoint(trainings, unkilled, killed, tmp_path):
@@ -185,10 +188,8 @@ def test_out_of_memory_gives_advice_and_keeps_the_checkpoint(trainings, unkilled
     trainings.start(workdir, overrides=SHORT, megabytes_more=20)
     assert trainings.wait() == 1
     said = trainings.log.read_text().splitlines()[-1]
-    assert said.startswith(
-        "WorkshopError: Memory ran out at step 4: lower tokens_per_batch (for example 128) or set "
-    )
-    assert said.endswith("checkpoint-4 is intact and the next run goes on from it.")
+    assert said.startswith("WorkshopError: Memory ran out at step 4: lower tokens_per_batch or set ")
+    assert said.endswith("the next run goes on from checkpoint-4.")
     trainings.run(workdir, overrides=SHORT)
     assert result(workdir) == result(unkilled)
 
@@ -196,10 +197,8 @@ def test_out_of_memory_gives_advice_and_keeps_the_checkpoint(trainings, unkilled
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ("learning_rate: 1e-3", "learning_rate was 0.002 and is now 0.001"),
-        ("lora_dropout: 0.1", "lora_dropout was 0.05 and is now 0.1"),
+        ("learning_rate: 1e-3", "learning_rate was 0.004 and is now 0.001"),
         ("train_rows: 8", "train_rows was 9 and is now 8"),
-        ("model: packaged", "model was 'random' and is now 'packaged'"),
         ("prompt: chat", "prompt was 'plain' and is now 'chat'"),
     ],
 )
@@ -211,7 +210,7 @@ def test_killed_run_is_not_resumed_as_another(trainings, killed, tmp_path, chang
     trainings.start(tmp_path / "run", overrides="{" + ", ".join([*kept, change]) + "}")
     assert trainings.wait() == 1
     said = trainings.log.read_text().splitlines()[-1]
-    assert said.startswith("WorkshopError: checkpoints/run holds a run with other settings") and named in said
+    assert "checkpoints/run holds a run with other settings" in said and named in said
     assert checkpoints.newest_complete(run_folder(tmp_path / "run")).name == "checkpoint-4"
 
 
@@ -259,8 +258,6 @@ def make_trainer(tiny_tokenizer, fiqa_rows, tmp_path):
 @pytest.mark.parametrize("batch", [1, 3, 10])
 def test_validation_loss_is_a_mean_over_tokens_whatever_the_batches(make_trainer, layout, batch):
     """A mean of batch means moves with the batch size; ours must equal a loop over single rows."""
-    import torch
-
     trainer = make_trainer({"per_device_eval_batch_size": batch}, layout=layout, tokens_per_batch=300)
     total, tokens = 0.0, 0
     trainer.model.eval()
@@ -270,80 +267,64 @@ def test_validation_loss_is_a_mean_over_tokens_whatever_the_batches(make_trainer
             logits = trainer.model(input_ids=ids).logits
         flat = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
         total, tokens = total + flat.item(), tokens + int((labels != -100).sum())
-    measured = trainer.evaluate()
-    assert measured["eval_tokens"] == tokens
-    assert measured["eval_loss"] == pytest.approx(total / tokens, abs=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / tokens, abs=1e-5)
 
 
-def test_poisoned_row_is_named_and_the_adapter_before_it_kept(make_trainer, tmp_path):
-    """One bad value turns every later weight into NaN: stop before the optimizer's step."""
-    import torch
-    from safetensors.torch import load_file
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_a_number_that_is_none_never_reaches_the_weights(make_trainer, monkeypatch, poison, logging_steps):
+    """One NaN turns every later weight into NaN: the optimizer skips the step, the last checkpoint is good.
 
-    trainer = make_trainer({"max_steps": 10, "per_device_train_batch_size": 2, "learning_rate": 1e-3})
-    rows = [set(row) for row in trainer.train_dataset["input_ids"]]
-    bad, token = next((i, min(own)) for i, own in own_tokens(rows))
-    embeddings, head = trainer.model.get_input_embeddings(), trainer.model.get_output_embeddings()
-    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # no longer shared
-    with torch.no_grad():
-        embeddings.weight[token] = float("nan")
-    with pytest.raises(WorkshopError) as error:
+    A finite loss can have a gradient that is not: clipping would turn it into NaN weights. With seldom logs,
+    as on a GPU, the run must still stop before its next checkpoint.
+    """
+    arguments = {"max_steps": 12, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(arguments | {"logging_steps": logging_steps})
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    seen, plain = {}, trainer.loss_sum
+
+    def poisoned(model, micro_batch):
+        step = trainer.state.global_step
+        seen[step] = [weight.detach().clone() for weight in weights]
+        loss = plain(model, micro_batch)
+        return loss * float("nan") if poison == "loss" and step == 2 else loss
+
+    def infinite(gradient):
+        return (
+            gradient * float("inf") if poison == "gradient" and trainer.state.global_step == 2 else gradient
+        )
+
+    monkeypatch.setattr(trainer, "loss_sum", poisoned)
+    next(weight for weight in weights if weight.shape[1] == 8).register_hook(infinite)  # a lora_B
+    with pytest.raises(WorkshopError, match="lower learning_rate; the next run goes on from checkpoint-2"):
         trainer.train()
-    step = trainer.state.global_step
-    said = str(error.value)
-    assert said.startswith(f"The loss is nan at step {step + 1} (rows [") and f"{bad}" in said.split("]")[0]
-    assert f"the adapter of step {step} is kept in " in said
-    kept = load_file(tmp_path / "run" / "last_good_adapter" / "adapter_model.safetensors")
-    assert kept and all(tensor.isfinite().all() for tensor in kept.values())
-    weights = [p for name, p in trainer.model.named_parameters() if "lora_" in name]
+    assert trainer.state.global_step == (3 if logging_steps == 1 else 4)
+    after = weights if logging_steps == 1 else seen[3]
+    assert all(torch.equal(one, two) for one, two in zip(seen[2], after, strict=True))
+    assert any(not torch.equal(one, two) for one, two in zip(seen[1], seen[2], strict=True))
     assert all(weight.isfinite().all() for weight in weights)
 
 
-def own_tokens(rows: list[set]) -> list[tuple[int, set]]:
-    """(row, tokens that no other row has) for the rows that have such tokens."""
-    found = []
-    for i, row in enumerate(rows):
-        own = row.difference(*(other for j, other in enumerate(rows) if j != i))
-        if own:
-            found.append((i, own))
-    return found
+@pytest.mark.parametrize(("kind", "last"), [("training", 2), ("validation", 1)])
+def test_exploding_loss_stops_and_no_exploded_adapter_is_saved(make_trainer, tmp_path, kind, last):
+    """Worse than guessing, by training or by validation: what is saved then would be taken up again."""
+    arguments = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(arguments | {"max_steps": 6})
 
+    def explode(head, inputs, logits):
+        wanted = trainer.state.global_step >= 2 and head.training == (kind == "training")
+        return logits * 1000 if wanted else logits
 
-def test_infinite_gradient_stops_before_the_optimizer(make_trainer):
-    """A finite loss can have a gradient that is not: clipping would turn it into NaN weights."""
-    trainer = make_trainer()
-    weight = next(p for name, p in trainer.model.named_parameters() if "lora_B" in name)
-    weight.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(WorkshopError, match=r"The gradient's norm is (nan|inf) at step 1 \(rows \["):
+    trainer.model.get_output_embeddings().register_forward_hook(explode)
+    with pytest.raises(
+        WorkshopError, match=rf"The loss is \d\d+\.\d at step .* goes on from checkpoint-{last}\."
+    ):
         trainer.train()
-    assert weight.isfinite().all()
-
-
-@pytest.mark.slow
-def test_exploding_loss_stops_and_no_exploded_adapter_is_saved(make_trainer, tmp_path):
-    """A learning rate far too high for the real model: stop, and leave no checkpoint of what came after."""
-    arguments = {
-        "max_steps": 30,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1.0,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "steps",
-        "save_steps": 1,
-    }
-    trainer = make_trainer(arguments, model="packaged")
-    with pytest.raises(WorkshopError) as error:
-        trainer.train()
-    assert "The loss has exploded" in str(error.value) and "lower learning_rate" in str(error.value)
-    losses = {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
-    saved = checkpoints.steps_of(tmp_path / "run")
-    assert saved and all(losses[step] <= trainer.guard.limit for step in saved)
-    assert f"checkpoint-{saved[0]}" in str(error.value)
+    assert checkpoints.steps_of(tmp_path / "run")[0] == last
 
 
 def test_out_of_memory_in_the_optimizer_gives_advice(make_trainer):
     """AdamW takes its memory at the first step, after all forward passes went well."""
-    import torch
-
     trainer = make_trainer()
     trainer.create_optimizer()
     trainer.optimizer.register_step_pre_hook(lambda *_: torch.empty(2**50))  # more than there is anywhere
@@ -351,55 +332,6 @@ def test_out_of_memory_in_the_optimizer_gives_advice(make_trainer):
         WorkshopError, match="Memory ran out at step 0: lower tokens_per_batch .* no checkpoint"
     ):
         trainer.train()
-
-
-def test_sigterm_while_the_loss_explodes_promises_no_checkpoint(make_trainer, tmp_path):
-    """An exploding adapter is not saved, so the sentence must not name the checkpoint of that step."""
-    trainer = make_trainer({"max_steps": 10, "save_strategy": "steps", "save_steps": 5})
-    trainer.guard.limit = 0.0  # every loss counts as exploded
-    head = trainer.model.get_output_embeddings()
-    head.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(WorkshopError, match=r"\(SIGTERM\) after step 1 of 10: .* and it begins anew\."):
-        trainer.train()
-    assert checkpoints.steps_of(tmp_path / "run") == []
-
-
-def test_guard_forgives_a_single_bad_step():
-    """One hard batch is no explosion."""
-    from fiqa_helpers.trainer import LossGuard
-
-    guard = LossGuard(vocabulary=1000)
-    high = math.log(1000) + 2
-    assert [guard.exploded(x) for x in (3.0, high, high, 3.0, high, high, high)] == [False] * 6 + [True]
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("learning_rate", 1e-4), ("max_steps", 5), ("seed", 3), ("per_device_train_batch_size", 2)],
-)
-def test_checkpoint_with_other_training_arguments_is_refused(make_trainer, tmp_path, name, value):
-    """Arguments changed in the notebook's own cell, past the profile, are noticed too."""
-    trainer = make_trainer({"save_strategy": "steps", "save_steps": 2, "max_steps": 2})
-    trainer.train()
-    changed = make_trainer({"max_steps": 2, name: value})
-    with pytest.raises(WorkshopError, match=rf"{name} was .* and is now {value}"):
-        changed.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-2")
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"lora_alpha": 64}, "lora_alpha was 32 and is now 64"),
-        ({"lora_targets": ("q_proj",)}, "lora_targets was .* and is now .*q_proj"),
-        ({"rows": 9}, r"the train rows changed \(train_sha256\)"),
-        ({"prompt": "chat"}, r"the train rows changed \(train_sha256\)"),
-    ],
-)
-def test_checkpoint_of_another_adapter_or_other_rows_is_refused(make_trainer, tmp_path, changes, named):
-    """A LoRA config or rows changed in a cell: PEFT would load the weights and scale them anew in silence."""
-    make_trainer({"save_strategy": "steps", "save_steps": 2, "max_steps": 2}).train()
-    with pytest.raises(WorkshopError, match=f"checkpoint-2 was written with other .*{named}"):
-        make_trainer({"max_steps": 2}, **changes).train(resume_from_checkpoint=tmp_path / "run/checkpoint-2")
 
 
 def test_training_over_newer_checkpoints_is_refused(make_trainer, tmp_path):
@@ -414,16 +346,6 @@ def test_training_over_newer_checkpoints_is_refused(make_trainer, tmp_path):
             trainer.train(resume_from_checkpoint=begin)
 
 
-def test_pickle_that_is_never_read(make_trainer, tmp_path):
-    """training_args.bin is the one pickle in a checkpoint: a resume must not open it."""
-    make_trainer({"save_strategy": "steps", "save_steps": 2, "max_steps": 2}).train()
-    folder = tmp_path / "run" / "checkpoint-2"
-    (folder / "training_args.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
-    checkpoints.write_manifest(folder)
-    make_trainer({"max_steps": 2}).train(resume_from_checkpoint=folder)
-    assert not (tmp_path / "ran").exists()
-
-
 class Bomb:
     """A pickle that writes a file where it is loaded."""
 
@@ -434,32 +356,22 @@ class Bomb:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 def test_pickle_in_a_checkpoint_is_refused(make_trainer, tmp_path, name):
-    """A checkpoint that somebody sent: code in it must not run, and the reader gets a sentence."""
+    """A checkpoint that somebody sent: code in it must not run (training_args.bin is not even opened)."""
     make_trainer({"save_strategy": "steps", "save_steps": 2, "max_steps": 2}).train()
     folder = tmp_path / "run" / "checkpoint-2"
     (folder / name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran"), protocol=2))
-    again = make_trainer({"max_steps": 2} | ({"max_steps": 3} if name == "rng_state.pth" else {}))
-    if name == "rng_state.pth":  # read at the first step after the resume
-        edit_totals(folder, max_steps=3)
     checkpoints.write_manifest(folder)
-    with pytest.raises(WorkshopError, match="checkpoint-2 holds something else than tensors"):
-        again.train(resume_from_checkpoint=folder)
+    refused = pytest.raises(pickle.UnpicklingError, match="Weights only load failed")
+    with contextlib.nullcontext() if name == "training_args.bin" else refused:
+        make_trainer({"max_steps": 3}).train(resume_from_checkpoint=folder)
     assert not (tmp_path / "ran").exists()
-
-
-def edit_totals(folder: Path, **arguments: object) -> None:
-    totals = json.loads((folder / "totals.json").read_text())
-    totals["arguments"] |= arguments
-    (folder / "totals.json").write_text(json.dumps(totals))
 
 
 @pytest.mark.cuda
 def test_cuda_out_of_memory_gives_advice(make_trainer):
     """The GPU's own allocator, limited to next to nothing."""
-    import torch
-
     trainer = make_trainer({"use_cpu": False})
     torch.cuda.set_per_process_memory_fraction(1e-4)
     try:

@@ -114,7 +114,7 @@ def train(job: dict, prepared: dict) -> None:
         warmup_steps=profile.warmup_ratio,
         eval_strategy="steps",
         eval_steps=profile.eval_steps,
-        eval_on_start=True,
+        eval_on_start=run.resume_from is None,
         save_steps=profile.eval_steps,
         save_total_limit=job.get("save_total_limit", 2),
         load_best_model_at_end=True,
@@ -251,10 +251,11 @@ class Trainings:
 
 
 def result(workdir: Path) -> dict:
-    """What a kill must not change: adapter, losses, learning rates, samples. Timings are left out."""
+    """What a kill must not change: adapter, losses, learning rates, samples. Timings are left out, and the
+    mean over the whole run, of which transformers forgets what a resumed one has not seen."""
     folder = workdir / "checkpoints" / "final_model"
     card = json.loads((folder / "run_card.json").read_text(encoding="utf-8"))
-    timings = ("_runtime", "_per_second")
+    timings = ("_runtime", "_per_second", "train_loss")
     history = [{k: v for k, v in row.items() if not k.endswith(timings)} for row in card["history"]]
     weights = (folder / "adapter_model.safetensors").read_bytes()
     return {"adapter": weights, "history": history, "samples": card["samples"], "best": card["best"]}

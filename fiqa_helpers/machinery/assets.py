@@ -170,6 +170,7 @@ def _dequantize(gguf: Path, folder: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         tokenizer.pad_token = SMOLLM2_PAD
         tokenizer.model_max_length = model.config.max_position_embeddings
+        tokenizer.init_kwargs.pop("local_files_only", None)
         model.config.pad_token_id = tokenizer.pad_token_id
         del model.config._model_name_or_path  # the GGUF's title, which is no path
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -125,7 +125,7 @@ def _gpu(profile: "Profile") -> Check:
     card, wanted = machine.gpu(), profile.device == "cuda"
     if card is None:
         return Check("GPU", not wanted, "none", "take profile laptop, or a machine with an NVIDIA GPU")
-    usable = card.bf16 and not card.problem
+    usable = not card.problem
     detail = f"{card.name}, {card.problem or f'{card.free_gib:.1f} of {card.total_gib:.1f} GiB free'}"
     remedy = "take profile laptop, or a working card of the Ampere generation or newer, for bf16"
     return Check("GPU", usable or not wanted, detail, remedy)

@@ -109,6 +109,11 @@ class LivePanel(TrainerCallback, ExportableState):
                 self.stopped = self.stopped or "interrupted"
             elif kind is not None:
                 self.failed = kind.__name__
+            made = {"sample": len(self.samples), "evaluation": len(self.points("eval_loss"))}
+            missing = [name for name, count in made.items() if count < 2]
+            if self.stopped and missing:  # what comes after the training compares the first with the last
+                words = " and no second ".join(missing)
+                self.note = f"there is no second {words} to compare with: run the notebook again to go on"
             self.closed = time.perf_counter()
             self._close()
         return interrupted

@@ -7,7 +7,7 @@ import re
 import resource
 import shutil
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -24,8 +24,6 @@ class Gpu:
     name: str = "the NVIDIA GPU"
     total_gib: float = 0.0
     free_gib: float = 0.0  # what other processes leave
-    capability: str = ""  # compute capability, such as 9.0
-    bf16: bool = False  # computes in bf16 in hardware
     problem: str = ""
 
 
@@ -53,8 +51,7 @@ def gpu() -> Gpu | None:
         name=card.name,
         total_gib=total / GIB,
         free_gib=free / GIB,
-        capability=f"{card.major}.{card.minor}",
-        bf16=card.major >= 8,
+        problem="" if card.major >= 8 else "it does not compute in bf16",
     )
 
 
@@ -105,15 +102,15 @@ def describe() -> dict:
     }
 
 
-def _read(path: str) -> str:
-    """The text of a file that only some systems have."""
+def _read(path: Path | str) -> str:
+    """The text of a file that is not everywhere; empty where it is not."""
     return Path(path).read_text(encoding="utf-8", errors="replace") if os.path.isfile(path) else ""
 
 
 # --- What a training run needs of a GPU's memory, predicted from the profile and the model's configuration.
 #
 # Arithmetic only: no weights, no GPU, no torch. It holds for the training path of notebook 04 on a GPU
-# (bf16, variable-length attention, Liger's kernels and fused loss, LoRA layers that keep no dropout masks),
+# (bf16, variable-length attention, Liger's kernels and fused loss, PEFT's LoRA layers),
 # whose measured peaks stand in benchmarks/.
 
 NEMOTRON = "nvidia/Llama-3.1-Nemotron-Nano-8B-v1"
@@ -139,12 +136,12 @@ class Ledger:
     @property
     def total(self) -> float:
         """Bytes."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(astuple(self))
 
     def gib(self) -> dict[str, float]:
         """Every line and the total, in GiB."""
-        lines = {field.name: getattr(self, field.name) / GIB for field in fields(self)}
-        return lines | {"total": self.total / GIB}
+        lines = asdict(self) | {"total": self.total}
+        return {name: size / GIB for name, size in lines.items()}
 
 
 def nemotron_config() -> dict:
@@ -155,12 +152,9 @@ def nemotron_config() -> dict:
 
 def config_of(profile) -> dict | None:
     """The configuration of a `Profile`'s model where it is known without a download, else None."""
-    folder = Path(profile.model).expanduser()
     if profile.model == NEMOTRON:
         return nemotron_config()
-    if not (folder / "config.json").is_file():
-        return None
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads(_read(Path(profile.model).expanduser() / "config.json") or "{}")
     return config if {"num_key_value_heads", "intermediate_size"} <= config.keys() else None
 
 
@@ -200,6 +194,9 @@ def predict_memory(profile, config: dict, tokens: int | None = None) -> Ledger:
     # Kept of a layer for each token: its input and the normed input, queries, keys and values, attention's
     # output, the sum after attention, and the MLP's gate and up projections.
     layer = weight * (3 * hidden + 2 * _query(config) + 2 * _key(config) + 2 * middle) * tokens
+    # PEFT keeps for each adapter a dropped-out copy of its input, and the mask, of one byte.
+    widths = {"o_proj": _query(config), "down_proj": middle}
+    layer += (weight + 1) * sum(widths.get(name, hidden) for name in profile.lora_targets) * tokens
     inputs = weight * hidden * tokens  # all that checkpointing keeps of a layer
     backward = weight * (2 * middle + 4 * hidden) * tokens  # gradients on their way through one layer
     logits = LOGITS_CHUNK * weight * hidden * tokens

@@ -14,6 +14,12 @@ from checkout import checkout, new_shell
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
+    with make_lab(tmp_path_factory) as lab:
+        yield lab
+
+
+@contextlib.contextmanager
+def make_lab(tmp_path_factory, *options: str, more: str = ""):
     """`make lab` in a copy of the checkout, in a home without Jupyter's folders: (address, copy, home)."""
     folder, home = checkout(tmp_path_factory.mktemp("checkout")), tmp_path_factory.mktemp("home")
     with socket.socket() as free:
@@ -23,7 +29,7 @@ def opened(tmp_path_factory):
     arguments = (
         f"--no-browser --ServerApp.port={port} --ServerApp.port_retries=0 --IdentityProvider.token={token}"
     )
-    arguments += " --LabApp.expose_app_in_browser=True"
+    arguments += f" --LabApp.expose_app_in_browser=True {more}"
     environment = new_shell(folder, HOME=str(home), JUPYTER_RUNTIME_DIR=str(home / "runtime"))
     for name in (
         "JUPYTER_CONFIG_DIR",
@@ -33,7 +39,7 @@ def opened(tmp_path_factory):
     ):
         environment.pop(name, None)
     with (home / "server.log").open("w+") as log:
-        command = ["make", "lab", f"ARGS={arguments}"]
+        command = ["make", "lab", f"ARGS={arguments}", *options]
         server = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
         )
@@ -65,6 +71,8 @@ def test_it_opens_on_the_first_notebook_with_its_contents(opened, page):
     assert page.locator(".jp-toast-message, .Toastify__toast").count() == 0  # "would you like to get news"
     tracker = "(await jupyterapp.serviceManager.settings.fetch('@jupyterlab/notebook-extension:tracker'))"
     assert page.evaluate(f"async () => {tracker}.schema.properties.kernelShutdown.default") is True
+    saving = "(await jupyterapp.serviceManager.settings.fetch('@jupyterlab/docmanager-extension:plugin'))"
+    assert page.evaluate(f"async () => {saving}.schema.properties.autosaveInterval.default") == 15
     page.evaluate("() => jupyterapp.commands.execute('filebrowser:activate')")
     page.locator(".jp-DirListing-item", has_text="04_train.ipynb").wait_for(timeout=30_000)
     page.screenshot(path=SHOTS / "lab-files.png")
@@ -87,3 +95,24 @@ def test_the_notebooks_stay_as_they_are(opened):
 
     for path in (PROJECT / "notebooks").glob("*.ipynb"):
         assert (folder / "notebooks" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.slow
+def test_an_idle_kernel_ends_and_what_was_typed_stays(tmp_path_factory, page):
+    """Kernels of notebooks that were left pile up to much memory; ending them could lose what was typed."""
+    often = "--MappingKernelManager.cull_interval=1"
+    with make_lab(tmp_path_factory, "IDLE=5", more=often) as (address, _, _):
+        page.goto(address)
+        page.wait_for_selector(".jp-NotebookPanel .jp-Notebook", timeout=120_000)
+        page.evaluate(READY)
+        page.evaluate(TYPE)
+        page.get_by_text("No Kernel").first.wait_for(timeout=60_000)
+        assert page.locator(".jp-Dialog").count() == 0
+        assert page.get_by_text("my_answer = 42").is_visible()
+        page.screenshot(path=SHOTS / "lab-culled.png")
+
+
+TYPE = """() => {
+  const cell = jupyterapp.shell.currentWidget.content.model.cells.get(2);
+  cell.sharedModel.setSource('my_answer = 42');
+}"""

@@ -16,6 +16,8 @@ TRAIN = """
 import sys; sys.path.insert(0, {tests!r})
 import panel_training as t
 from fiqa_helpers.machinery.live import LivePanel
+from fiqa_helpers.show import style_page
+style_page()
 model = t.make_model()
 panel = LivePanel(t.QUESTIONS, t.sampler(model), sample_steps={sample_steps}, title="Small", png={png!r})
 trainer = t.make_trainer({run!r}, [panel], model=model, steps={steps}, seconds={seconds}, eval_on_start=True)
@@ -85,6 +87,8 @@ def test_the_panel_redraws_in_place_and_leaves_one_picture(start, served, page):
     assert "widgets" not in saved["metadata"]
     picture = page.locator(".jp-OutputArea-output img[alt*='finished 16 steps']")
     assert picture.count() == 1
+    breaks = "() => getComputedStyle(document.querySelector('.jp-OutputArea-output pre')).wordBreak"
+    assert page.evaluate(breaks) == "normal"  # not inside words and numbers
     notebook.shot("panel-small-finished")
 
 
@@ -183,7 +187,7 @@ def test_the_panel_in_half_a_window_and_on_a_phone(start, page):
     """Beside the text of a course, a wide panel would be cut off or need sideways scrolling."""
     notebook = start("narrow", steps=100, seconds=0.5)
     page.wait_for_selector(".fiqa-panel .samples .h:has-text('at step 4')", timeout=60_000)
-    for name, width in {"half": 760, "phone": 420}.items():
+    for name, width in {"half": 760, "narrow": 720, "phone": 420}.items():
         page.set_viewport_size({"width": width, "height": 1300})
         page.wait_for_function(f"() => document.querySelector('.fiqa-panel').clientWidth < {width}")
         notebook.shot(f"panel-small-{name}", of=".fiqa-panel")
@@ -224,5 +228,8 @@ def test_the_panel_is_readable_in_the_dark_theme(tmp_path, browser):
         )
         notebook.shot("panel-small-dark")
         notebook.wait_until_done(60)
+        notebook.shot("panel-small-dark-finished", of="img.fiqa-picture")
+        picture = page.evaluate("() => getComputedStyle(document.querySelector('img.fiqa-picture')).filter")
         page.close()
+    assert picture.startswith("invert")  # the picture is no white block
     assert paper < 0.2 and ink > 0.7, (ink, paper)
