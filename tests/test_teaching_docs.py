@@ -13,7 +13,11 @@ PROJECT = Path(__file__).resolve().parent.parent
 DOCS = PROJECT / "docs"
 GUIDE = (DOCS / "instructor.md").read_text("utf-8")
 MEASURED = json.loads((DOCS / "measured_laptop.json").read_text("utf-8"))
-PAGES = [*sorted(DOCS.glob("*.md")), PROJECT / "notebooks" / "precomputed" / "README.md"]
+PAGES = [
+    *sorted(DOCS.glob("*.md")),
+    *PROJECT.glob("*.md"),
+    PROJECT / "notebooks" / "precomputed" / "README.md",
+]
 
 
 def test_the_schedules_come_from_measured_run_cards():
