@@ -287,15 +287,3 @@ def is_open(answer: object) -> bool:
         constants = answer.__code__.co_consts
         return ... in constants or any(isinstance(part, tuple) and ... in part for part in constants)
     return answer is None or answer is ...
-
-
-def to_disk(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk: they survive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system can do that to a folder
-            raise
-    finally:
-        os.close(handle)

@@ -375,7 +375,7 @@ def test_a_server_that_fails_is_no_table_of_zeros(workspace, rows, tiny_tokenize
 
 
 def test_files_hold_every_row_and_the_plot_says_what_it_shows(
-    workspace, rows, adapted, tiny_tokenizer, similarity
+    workspace, rows, adapted, tiny_tokenizer, score
 ):
     """A summary without its rows cannot be checked, and a figure without words is not there for everyone."""
     base, tuned = both(workspace, rows, adapted, tiny_tokenizer, score)
