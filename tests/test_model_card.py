@@ -111,7 +111,7 @@ def test_what_the_figures_depend_on_is_said(tmp_path, evaluation):
     assert "no 4 tokens occur twice" in body
     old = {name: value for name, value in asdict(profile).items() if not name.startswith("topical")}
     _, body = written(tmp_path, run_card(profile=old))
-    assert "training answers" not in body
+    assert "| training answers | whole |" in body
 
 
 def test_without_an_evaluation(tmp_path):
