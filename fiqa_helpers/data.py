@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
-from fiqa_helpers import show
 from fiqa_helpers.base import WorkshopError, Workspace, atomic_writer, disk_errors, project_root
 from fiqa_helpers.machinery.assets import ASSETS, fiqa_test_file
 
@@ -178,9 +178,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
     try:
         yield from READERS[path.suffix.lower()](path)
     except ValueError as error:  # the decoder's, json's and pyarrow's are ValueErrors, too
-        reason = str(error).splitlines()[0][:200]
         raise WorkshopError(
-            f"{path} cannot be read ({reason}): correct it there, or export it again in UTF-8."
+            f"{path} cannot be read ({str(error)[:200]}): correct it there, or export it again in UTF-8."
         ) from None
 
 
@@ -389,8 +388,8 @@ def read_processed(folder: Path) -> "DatasetDict":
     try:
         for split in SPLITS:
             path = folder / PROCESSED[split]
-            rows = Dataset.from_list(json.loads(path.read_text(encoding="utf-8")))
-            found[split] = rows.select_columns(["question", "ground_truths"])
+            rows = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_answer)
+            found[split] = Dataset.from_list(rows)
         path = folder / MANIFEST
         expected = json.loads(path.read_text(encoding="utf-8"))["splits"]
         for split in SPLITS:
@@ -402,6 +401,10 @@ def read_processed(folder: Path) -> "DatasetDict":
             f"{path} is missing or not what notebook 01 wrote: run notebook 01_explore_fiqa first."
         ) from None
     return found
+
+
+def _without_answer(row: dict) -> Row:
+    return {"question": row["question"], "ground_truths": row["ground_truths"]}
 
 
 def fingerprint(rows: Iterable[dict]) -> str:
@@ -431,6 +434,7 @@ def topical_answers(rows: "Dataset", words: int, similarity: "Similarity") -> "D
         WorkshopError: no row is left.
     """
     from datasets import Dataset
+    from tqdm import tqdm
 
     kept = []
     for row in rows:
@@ -442,7 +446,7 @@ def topical_answers(rows: "Dataset", words: int, similarity: "Similarity") -> "D
             f"topical_words leaves no training row: all answers have under {SHORTEST} words or hold a link. "
             "Use training: reference, or rows with longer answers."
         )
-    with show.progress("Comparing sentences with their questions", len(kept), unit="row") as bar:
+    with tqdm(desc="Comparing sentences", total=len(kept), unit="row", file=sys.stdout, leave=False) as bar:
         for start in range(0, len(kept), 32):
             part = kept[start : start + 32]  # `similarity` meets them together, which is faster
             texts = [[row["question"], *sentences(row["ground_truths"][0])] for row in part]

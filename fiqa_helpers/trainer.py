@@ -96,7 +96,8 @@ class AnswerTrainer(Trainer):
                     total += self.loss_sum(self.model, micro_batch)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             tokens += (batch["labels"] != IGNORE_INDEX).sum()
-        metrics = {f"{metric_key_prefix}_loss": (total / tokens).item()}
+        loss, tokens = (total / tokens).item(), int(tokens)
+        metrics = {f"{metric_key_prefix}_loss": loss, f"{metric_key_prefix}_tokens": tokens}
         return EvalLoopOutput(None, None, metrics, num_samples=len(dataloader.dataset))
 
     def loss_sum(self, model, micro_batch: Mapping) -> torch.Tensor:
@@ -178,8 +179,8 @@ class Terminator(TrainerCallback):
     @contextlib.contextmanager
     def listening(self):
         """Answer the signals inside the block; whoever ignores one (nohup) goes on ignoring it."""
-        self.told = ""
-        main = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handlers
+        # Elsewhere than in the main thread Python allows no handlers.
+        self.told, main = "", threading.current_thread() is threading.main_thread()
         numbers = [signal.SIGTERM, signal.SIGHUP] if main else []
         before = {number: signal.getsignal(number) for number in numbers}
         for number in [n for n in numbers if before[n] != signal.SIG_IGN]:

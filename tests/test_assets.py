@@ -264,7 +264,7 @@ def test_a_damaged_model_is_made_again(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_killed_while_unpacking_the_model(smollm2, tmp_path):
     """A kill while the model is saved must leave no model folder, and the next call must make it."""
-    cache = assets.cache_dir()
+    cache = base.cache_dir()
     name = assets.ASSETS["smollm2"].name_in_cache
     shutil.copytree(cache / name, tmp_path / name)
     code = "from fiqa_helpers.machinery.assets import smollm2_folder; print(smollm2_folder())"
@@ -284,7 +284,7 @@ def test_a_disk_that_fills_up_while_unpacking_the_model(smollm2, small_disk):
     """Saving 538 MB on a disk of 300 must end in a sentence: safetensors has its own exception for it."""
     place = small_disk("size=300m")
     name = assets.ASSETS["smollm2"].name_in_cache
-    shutil.copytree(assets.cache_dir() / name, place / name)
+    shutil.copytree(base.cache_dir() / name, place / name)
     with pytest.raises(WorkshopError, match=r"The disk of .* is full"):
         assets.smollm2_folder(place)
     assert leftovers(place) == [name]

@@ -31,8 +31,7 @@ from fiqa_helpers.base import WorkshopError, is_interactive, say
 from fiqa_helpers.show import Picture, answer_clicks_while_busy, escape, printable, show_line
 
 HERE = Path(__file__).parent
-EVERY, SELDOM = 0.5, 10.0  # seconds between two drawings, at least and at most
-LINE_EVERY = 10.0  # seconds between two lines of text where nobody sees a panel
+EVERY, SELDOM = 0.5, 10.0  # seconds between two drawings, at least and at most; a log gets a line as seldom
 SHARE = 0.005  # of the time may go into drawing
 TRAINING, EVALUATING, SAMPLING = "training", "evaluating on held-out rows", "answering the questions"
 LOGGED = ("loss", "eval_loss", "learning_rate", "tokens_per_second")
@@ -109,8 +108,9 @@ class LivePanel(TrainerCallback, ExportableState):
                 self.stopped = self.stopped or "interrupted"
             elif kind is not None:
                 self.failed = kind.__name__
-            made = {"sample": len(self.samples), "evaluation": len(self.points("eval_loss"))}
-            missing = [name for name, count in made.items() if count < 2]
+            missing = ["sample"] if self.questions and len(self.samples) < 2 else []
+            if len(self.points("eval_loss")) < 2:
+                missing.append("evaluation")
             if self.stopped and missing:  # what comes after the training compares the first with the last
                 words = " and no second ".join(missing)
                 self.note = f"there is no second {words} to compare with: run the notebook again to go on"
@@ -321,7 +321,7 @@ class LivePanel(TrainerCallback, ExportableState):
             return
         if not self.live:
             show_line(self.summary)
-            self._next_drawing = began + LINE_EVERY
+            self._next_drawing = began + SELDOM
             return
         self._draw()
         ended = time.perf_counter()
@@ -442,8 +442,8 @@ def draw_png(panel: LivePanel) -> bytes:
     Drawn with matplotlib's object interface, never with pyplot, so that no global state is touched.
     """
     figure = Figure(figsize=(9.2, 3.3), facecolor="white", layout="constrained")
-    headline = f"{panel.title}: {panel.outcome}"
-    figure.suptitle(headline, x=0.004, ha="left", fontweight="bold", color=INK, parse_math=False)
+    title = {"x": 0.004, "ha": "left", "fontweight": "bold", "color": INK, "parse_math": False}
+    figure.suptitle(f"{panel.title}: {panel.outcome}", **title)
     left, right = figure.subplots(1, 2, width_ratios=(2.2, 1))
     for axes, points, look, more in (
         (left, panel.points("loss"), "o", {"mfc": "none", "color": BLUE, "label": "training"}),
