@@ -29,9 +29,7 @@ from fiqa_helpers.run import start as start_notebook
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 Option = typer.Option
-ProfileName = Annotated[
-    str, Option("--profile", help="laptop, gpu24, gpu80, tiny; auto: the largest that fits")
-]
+ProfileName = Annotated[str, Option("--profile", help="laptop, gpu24, gpu80; auto: the largest that fits")]
 Overrides = Annotated[str, Option(metavar="YAML", help='replaces settings of the profile: "{max_steps: 20}"')]
 Workdir = Annotated[str, Option(metavar="FOLDER", help="where runs write; default: the project's folder")]
 Only = Annotated[str, Option(metavar="NN", help="notebooks to run: 04, or 01,02, or 00-03, or 04-")]

@@ -1,9 +1,6 @@
 """Clean twins: the notebooks without their explanations, to work through again from memory."""
 
-import json
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
@@ -47,17 +44,3 @@ def test_work_in_a_copy_is_kept(copies, capsys):
     said = capsys.readouterr().out.splitlines()
     assert mine.read_text() == "notes"
     assert said[0].endswith("written") and "delete it for a fresh copy" in said[3]
-
-
-@pytest.mark.slow
-@pytest.mark.notebooks
-def test_a_copy_runs(copies):
-    """From another folder than notebooks/ everything must still be found."""
-    (copies / "p.yaml").write_text(json.dumps({"profile": "laptop", "workdir": str(copies / "work")}))
-    name = "01_explore_fiqa.ipynb"
-    command = [sys.executable, "-m", "papermill", str(copies / name), str(copies / f"ran_{name}"), "-f"]
-    run = subprocess.run(
-        [*command, str(copies / "p.yaml"), "--cwd", str(copies)], capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert (copies / "work" / "outputs" / "run_cards" / "01.json").is_file()

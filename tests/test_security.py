@@ -55,12 +55,14 @@ def calls(code: str) -> list[tuple[str, dict[str, object]]]:
 def test_each_promise_names_tests_that_exist(project):
     """A promise whose test was renamed or dropped is only a promise."""
     page = (project / "docs" / "what_happens_when.md").read_text(encoding="utf-8")
-    tests = {path.name: path.read_text(encoding="utf-8") for path in (project / "tests").glob("*.py")}
+    tests = {path.name: path.read_text(encoding="utf-8") for path in (project / "tests").rglob("*.py")}
     promises = [line for line in page.splitlines() if line.startswith("| ") and "test_" in line]
     assert len(promises) > 20
     for line in promises:
         file = None
-        for named, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", line.rpartition(" | ")[2]):
+        for named, test in re.findall(
+            r"`(?:tests/browser/)?(test_\w+\.py)?(?:::(test_\w+))?`", line.rpartition(" | ")[2]
+        ):
             file = named or file
             assert file in tests and f"def {test}" in tests[file], f"{file}::{test}"
 

@@ -154,13 +154,6 @@ def test_commands_of_the_readme_exist():
     assert all(f"make {target}" in first_screen for target in ("run", "test", "lab"))
 
 
-def test_links_of_the_readme_resolve():
-    """Relative links and pictures, for whoever reads it on a code host."""
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#\s]+)", text):
-        assert target.startswith("https:") or (PROJECT / target).exists(), target
-
-
 @pytest.fixture
 def clone(tmp_path) -> Path:
     """A copy of the files that make needs, in a folder with a space in its name."""

@@ -13,7 +13,11 @@ PROJECT = Path(__file__).resolve().parent.parent
 DOCS = PROJECT / "docs"
 GUIDE = (DOCS / "instructor.md").read_text("utf-8")
 MEASURED = json.loads((DOCS / "measured_laptop.json").read_text("utf-8"))
-PAGES = [*sorted(DOCS.glob("*.md")), PROJECT / "notebooks" / "precomputed" / "README.md"]
+PAGES = [
+    *sorted(DOCS.glob("*.md")),
+    *PROJECT.glob("*.md"),
+    PROJECT / "notebooks" / "precomputed" / "README.md",
+]
 
 
 def test_the_schedules_come_from_measured_run_cards():
@@ -53,3 +57,14 @@ def test_links_between_the_pages_resolve(path):
             heads = re.findall(r"^#+ (.+)$", there.read_text("utf-8"), re.MULTILINE)
             anchors = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
             assert anchor in anchors, f"{path.name} links to {target}"
+
+
+def test_what_is_to_be_seen_is_in_its_cell():
+    """A box that was closed again, or a cell that was split: the table would send people nowhere."""
+    text = (PROJECT / "CONTRIBUTING.md").read_text("utf-8").partition("## Where it is seen")[2]
+    cells = re.findall(r"^\| [^|]+ \| `((\d\d)-\w+)` \|", text, re.MULTILINE)
+    assert len(cells) >= 15
+    for cell, number in cells:
+        (path,) = (PROJECT / "notebooks").glob(f"{number}_*.ipynb")
+        ids = {found["id"] for found in json.loads(path.read_text("utf-8"))["cells"]}
+        assert cell in ids, f"{path.name} has no cell {cell}"

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jupyter_client.kernelspec import KernelSpecManager
+
 from fiqa_helpers.base import WorkshopError, Workspace, cache_dir, versions
+from fiqa_helpers.data import load_with_report
 from fiqa_helpers.machinery import assets, machine
 
 if TYPE_CHECKING:
@@ -83,8 +86,6 @@ def _packages() -> Check:
 
 def check_kernel() -> Check:
     """The kernel `python3`, which every notebook names, runs the interpreter of this environment."""
-    from jupyter_client.kernelspec import KernelSpecManager
-
     remedy = f"run `{sys.executable} -m ipykernel install --sys-prefix`, then restart JupyterLab"
     try:
         command = KernelSpecManager().get_kernel_spec("python3").argv[0]
@@ -171,8 +172,6 @@ def _data(profile: "Profile", offline: bool) -> Check:
         return _packaged("Data", "fiqa_test", offline)
     if profile.data.startswith("hub") and not offline:
         return _on_hub("Data", "explodinggradients/fiqa", "dataset", offline)
-    from fiqa_helpers.data import load_with_report
-
     try:
         _, found = load_with_report(profile.data)
     except WorkshopError as error:
