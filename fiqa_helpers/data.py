@@ -298,8 +298,7 @@ def _as_list(answers: object, where: str) -> list:
         return json.loads(text)
     if not _LIST.fullmatch(text):
         raise WorkshopError(f"{where} holds the text of a list that cannot be read: export it as JSON.")
-    items = re.findall(_ITEM, text, re.DOTALL)
-    return [ast.literal_eval(item) for item in items if item not in ("None", "nan")]
+    return [ast.literal_eval(i) for i in re.findall(_ITEM, text, re.DOTALL) if i not in ("None", "nan")]
 
 
 def _made(
@@ -480,6 +479,5 @@ def sentences(answer: str) -> list[str]:
 
 def unquoted(answer: str) -> str:
     """`answer` without the quotes that a CSV export has put around it and doubled inside."""
-    if len(answer) > 1 and answer[0] == answer[-1] == '"':
-        return answer[1:-1].replace('""', '"').strip()
-    return answer
+    quoted = len(answer) > 1 and answer[0] == answer[-1] == '"'
+    return answer[1:-1].replace('""', '"').strip() if quoted else answer
