@@ -151,7 +151,10 @@ def recipe_run(name: str, args: argparse.Namespace, seconds: float) -> dict:
     card |= {"strategy": "fsdp2" if "fsdp2" in name else "ddp", "behind": more, "device": machine.describe()}
     card |= {"profile": asdict(PROFILES["gpu80"]), "weights": "random"}
     steps = trained(folder)
-    timed = steps[WARM:]
+    # a step after an evaluation or a checkpoint has waited for it
+    timed = [
+        row for row, before in zip(steps[WARM:], steps[WARM - 1 :], strict=False) if "eval_loss" not in before
+    ]
     if process.returncode or not timed:
         return card | {"error": why_it_failed(folder / "run.log"), "log": tail(folder / "run.log")}
     return card | {
