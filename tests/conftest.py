@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never ask the hub, also wh
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fiqa_helpers.run.start does
+
+# A shell's background job and nohup ignore these, and whatever a test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The same examples in every run, so that `make test` never fails by chance; new ones are tried with
 # `pytest --hypothesis-profile=explore`.

@@ -194,9 +194,6 @@ def predict_memory(profile, config: dict, tokens: int | None = None) -> Ledger:
     # Kept of a layer for each token: its input and the normed input, queries, keys and values, attention's
     # output, the sum after attention, and the MLP's gate and up projections.
     layer = weight * (3 * hidden + 2 * _query(config) + 2 * _key(config) + 2 * middle) * tokens
-    # PEFT keeps for each adapter a dropped-out copy of its input, and the mask, of one byte.
-    widths = {"o_proj": _query(config), "down_proj": middle}
-    layer += (weight + 1) * sum(widths.get(name, hidden) for name in profile.lora_targets) * tokens
     inputs = weight * hidden * tokens  # all that checkpointing keeps of a layer
     backward = weight * (2 * middle + 4 * hidden) * tokens  # gradients on their way through one layer
     logits = LOGITS_CHUNK * weight * hidden * tokens
