@@ -4,6 +4,7 @@ The rows are a folder of data; the answers are made by the model's real `generat
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from real_notebooks import place
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
+ANSWERS = ".widget-vbox table td"  # of the playground
 NOWHERE = "http://127.0.0.1:9/"
 SCRIPT = "<script>window.hacked = 1</script>"
 HOSTILE = (
@@ -30,6 +32,9 @@ _generate = transformers.GenerationMixin.generate
 
 
 def _forced(self, *args, **kwargs):
+    if "input_ids" not in kwargs:  # notebook 05's own call, held against its greedy loop
+        return _generate(self, *args, **kwargs)
+
     def force(so_far, scores):
         forced = torch.full_like(scores, -float("inf"))
         forced[:, _ids[min(so_far.shape[1] - kwargs["input_ids"].shape[1], len(_ids) - 1)]] = 0
@@ -80,10 +85,10 @@ def look_at(number: str, folder: Path, lab: tuple[str, str], browser) -> int:
     notebook.wait_until_done(300)
     assert notebook.errors() == [], number
     if number == "05":
-        notebook.show(".fiqa-answer")
+        notebook.show(ANSWERS)
         page.locator(".jupyter-button", has_text="Answer").click()
-        page.locator(".fiqa-answer small:has-text('tokens,')").nth(1).wait_for(timeout=60_000)
-        assert page.locator(".fiqa-answer p").last.inner_text().startswith(SCRIPT)
+        page.get_by_text(re.compile(r"^Done after [\d.]+ s")).wait_for(timeout=60_000)
+        assert page.locator(ANSWERS).last.inner_text().startswith(SCRIPT)
     assert page.evaluate("() => window.hacked") is None, number
     assert [url for url in asked if url.startswith(NOWHERE)] == [], number
     outputs = page.locator(".jp-OutputArea-output")
@@ -92,7 +97,7 @@ def look_at(number: str, folder: Path, lab: tuple[str, str], browser) -> int:
     assert page.locator(".jp-NotebookPanel-toolbar").is_visible()  # no <style> took effect
     shown = outputs.get_by_text(SCRIPT).count()
     notebook.shot(
-        f"hostile-{number}", of=".fiqa-answer" if number == "05" else ".jp-OutputArea-output :is(img, table)"
+        f"hostile-{number}", of=ANSWERS if number == "05" else ".jp-OutputArea-output :is(img, table)"
     )
     notebook.close()
     return shown
