@@ -96,8 +96,12 @@ def own_parameters(notebooks: list[Path], given: list[str]) -> dict[Path, dict]:
         having = [notebook for notebook in notebooks if name in papermill.inspect_notebook(str(notebook))]
         if not having:
             raise WorkshopError(f"{text}: no such parameter in {', '.join(path.stem for path in notebooks)}.")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise WorkshopError(f"-p {text}: {value!r} is no YAML value.") from None
         for notebook in having:
-            own[notebook][name] = yaml.safe_load(value)
+            own[notebook][name] = parsed
     return own
 
 
@@ -166,7 +170,9 @@ def passing_signals_on() -> Iterator[list[int]]:
     def pass_on(number: int, frame: object) -> None:
         kernels = psutil.Process().children()
         if not kernels:  # it has not started yet
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise WorkshopError("Told to stop before the kernel had started: nothing was lost.")
         if not told:
             kernels[0].terminate()
         elif number == signal.SIGINT:  # a second Ctrl-C: at once; a second SIGTERM waits for the checkpoint
@@ -251,7 +257,8 @@ def compare(folders: Folders) -> None:
 
     settings, results = {}, {}
     for folder in folders:
-        cards = [read_card(path) for path in sorted(Path(folder).glob("outputs/run_cards/*.json"))]
+        paths = sorted(Path(folder).glob("outputs/run_cards/*.json"))
+        cards = [card for path in paths if (card := read_card(path))]
         if not cards:
             raise WorkshopError(f"{folder} holds no run cards: name what was the workdir of a run.")
         card = max(cards, key=lambda card: card["written"])

@@ -193,7 +193,7 @@ def disk_errors(place: Path, remedy: str) -> Iterator[None]:
     except Exception as error:  # safetensors, tokenizers and torch have words of their own for a full disk
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if not full and not any(
-            sign in str(error) for sign in ("os error 28", "inline_container", "iostream")
+            sign in str(error) for sign in ("os error 28", "inline_container", "iostream error")
         ):
             raise
         raise WorkshopError(f"The disk of {place} is full: free some space or {remedy}.") from None

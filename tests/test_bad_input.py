@@ -217,7 +217,7 @@ UNDER_PAPERMILL = [
     "profile 'GPU80'",
     "overrides {max_step: 3}",
     "profil 'laptop'",
-    "data is empty",
+    "data 0 usable rows",
     "adapter pickle",
 ]
 

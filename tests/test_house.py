@@ -22,10 +22,10 @@ ORDER = [
 # landing, until it is the first.
 BUDGET = {
     "lesson rooms": (1700, 2083),
-    "machinery": (1400, 1594),
+    "machinery": (1400, 1604),
     "files": (23, 22),
     "templates": (250, 243),
-    "tests": (7000, 12150),
+    "tests": (7000, 12155),
     "benchmarks": (950, 1351),
     "scripts": (450, 450),
 }

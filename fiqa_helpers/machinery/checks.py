@@ -170,7 +170,7 @@ def _data(profile: "Profile", offline: bool) -> Check:
     """The packaged rows, rows of the hub, or one's own files, read once as notebook 01 reads them."""
     if profile.data == "packaged":
         return _packaged("Data", "fiqa_test", offline)
-    if profile.data.startswith("hub") and not offline:
+    if profile.data.partition("@")[0] == "hub" and not offline:
         return _on_hub("Data", "explodinggradients/fiqa", "dataset", offline)
     try:
         _, found = load_with_report(profile.data)

@@ -7,6 +7,7 @@ file. Importing this module imports nemo_automodel. Where there is no GPU, torch
 import contextlib
 import ctypes
 import fnmatch
+import io
 import json
 import os
 import re
@@ -174,14 +175,16 @@ def check_recipe(changes: Sequence[str] = (), gpus: int = 1, tokenizer=None) -> 
         WorkshopError: a key that NeMo would read past, rows that can't be shared by the GPUs, a layer that is
             not there, a folder that holds a run, data or model missing, or what NeMo itself refuses.
     """
+    nemo_says = io.StringIO()  # NeMo names the file, and prints an error before it raises it
     try:
-        with contextlib.redirect_stdout(None):  # NeMo names the file
+        with contextlib.redirect_stdout(nemo_says), contextlib.redirect_stderr(nemo_says):
             config, ours = (parse_args_and_load_config(str(recipe_file()), argv) for argv in ([*changes], []))
         for name in UNCHECKED:
             found, known = ({*(c.get(name) if name else c).to_dict()} for c in (config, ours))
             if unknown := found - known - NEMO_KNOWS:
                 raise WorkshopError(f"{name or 'The file'} has no {min(unknown)}: it has {', '.join(known)}.")
-        return _build(config, RecipeConfig(config), gpus, tokenizer)
+        with contextlib.redirect_stderr(nemo_says):
+            return _build(config, RecipeConfig(config), gpus, tokenizer)
     except WorkshopError:
         raise
     except Exception as error:  # NeMo raises all kinds, bare ones too

@@ -142,7 +142,7 @@ def serving(log: Path, seconds: float = 180) -> Iterator[str]:
 def answers(url: str) -> bool:
     """Does anybody answer there?"""
     try:
-        with urllib.request.urlopen(url):
+        with urllib.request.urlopen(url, timeout=5):
             return True
     except OSError:
         return False
