@@ -54,7 +54,7 @@ def stage(project: Path, executed: Path, source: Path) -> None:
         target = source / path.relative_to(project)
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(prepared(path, executed / path.name), target)
-    for folder in ("benchmarks", "fiqa_helpers", "recipes", "scripts", "tests"):  # what pages link to gets into the book
+    for folder in ("benchmarks", "fiqa_helpers", "recipes", "scripts", "tests"):  # what pages link to
         no_pages = shutil.ignore_patterns("*.ipynb" if folder == "benchmarks" else "*.md")
         shutil.copytree(project / folder, source / folder, ignore=no_pages)
     kept = Path("notebooks", "precomputed")
