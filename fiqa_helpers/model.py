@@ -16,7 +16,7 @@ from unittest import mock
 
 from fiqa_helpers.base import WorkshopError, Workspace, cache_dir, project_root, read_card
 from fiqa_helpers.machinery import assets, machine
-from fiqa_helpers.profiles import MUST_AGREE, PROFILES, REFERENCE, Profile
+from fiqa_helpers.profiles import PROFILES, Profile, disagreement
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -281,14 +281,12 @@ def check_adapter(folder: Path, profile: Profile) -> dict:
     trained = card.get("profile")
     if not isinstance(trained, dict):
         raise WorkshopError(f"{folder / CARD} is missing or damaged, so the base model is unknown: {REMEDY}.")
-    for key in MUST_AGREE:
-        there = trained.get(key, getattr(REFERENCE, key))  # an older card does not name all of them
-        here = getattr(profile, key)
-        if there != here:
-            raise WorkshopError(
-                f"The adapter in {folder} was trained with {key} = {there!r} and this run has {here!r}: "
-                "give this notebook the profile and overrides of notebook 04, or train again."
-            )
+    if differing := disagreement(trained, profile):
+        key, there, here = differing
+        raise WorkshopError(
+            f"The adapter in {folder} was trained with {key} = {there!r} and this run has {here!r}: "
+            "give this notebook the profile and overrides of notebook 04, or train again."
+        )
     there, here = card.get("definition", {}).get("model_files", ""), model_files(profile)
     if there != here and min(len(there), len(here)) >= 40:  # hashes: of a folder, or of a commit
         raise WorkshopError(
@@ -425,9 +423,7 @@ def adapter_folder(workspace: Workspace, profile: Profile) -> Path:
     others the folder of notebook 04 is returned although it is empty, and `check_adapter` says what to run.
     """
     own, kept = workspace.final_model, load_kept()
-    trained = kept.training["profile"]
-    fits = all(trained.get(key, getattr(REFERENCE, key)) == getattr(profile, key) for key in MUST_AGREE)
-    if own.exists() or not fits:
+    if own.exists() or disagreement(kept.training["profile"], profile):
         return own
     print(f"Notebook 04 was not run in this workdir, so this is not your adapter.\n{kept.label}.")
     return kept.folder / "adapter"

@@ -196,6 +196,13 @@ def from_card(settings: dict[str, Any]) -> Profile:
     return Profile(**{name: settings[name] for name in Profile.__dataclass_fields__ if name in settings})
 
 
+def disagreement(settings: dict[str, Any], profile: Profile) -> tuple[str, object, object] | None:
+    """(setting, there, here) of the first of MUST_AGREE in which a card's settings and `profile` differ."""
+    there = from_card({key: settings[key] for key in MUST_AGREE if key in settings})
+    pairs = ((key, getattr(there, key), getattr(profile, key)) for key in MUST_AGREE)
+    return next((found for found in pairs if found[1] != found[2]), None)
+
+
 def choose_profile() -> tuple[str, str]:
     """(name, reason) of the largest profile that this machine can run."""
     gpu = machine.gpu()

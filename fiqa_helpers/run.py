@@ -12,7 +12,7 @@ from pathlib import Path
 from fiqa_helpers import base
 from fiqa_helpers.base import WorkshopError, Workspace, read_card, shown
 from fiqa_helpers.machinery import machine
-from fiqa_helpers.profiles import MUST_AGREE, REFERENCE, Profile, load_profile, profile_name
+from fiqa_helpers.profiles import Profile, disagreement, load_profile, profile_name
 from fiqa_helpers.show import Picture, style_page
 
 _NAMES = "00_start_here 01_explore_fiqa 02_format_prompts 03_set_up_lora 04_train 05_generate 06_evaluate"
@@ -84,13 +84,12 @@ class Run:
             raise WorkshopError(
                 f"Notebook {NOTEBOOKS[number]} has not been run in {self.workspace.root}: run it first."
             )
-        for key in MUST_AGREE:
-            before = there.get(key, getattr(REFERENCE, key))  # an older card does not name all of them
-            if before != getattr(self.profile, key):
-                raise WorkshopError(
-                    f"Notebook {NOTEBOOKS[number]} was run with {key} = {before!r} and this one has "
-                    f"{getattr(self.profile, key)!r}: give both the same profile and overrides."
-                )
+        if differing := disagreement(there, self.profile):
+            key, before, now = differing
+            raise WorkshopError(
+                f"Notebook {NOTEBOOKS[number]} was run with {key} = {before!r} and this one has "
+                f"{now!r}: give both the same profile and overrides."
+            )
         return card
 
     def save_plot(self, figure, name: str, alt: str):
