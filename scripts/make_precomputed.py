@@ -18,9 +18,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fiqa_helpers import model, show
+from fiqa_helpers import metrics, model, show
 from fiqa_helpers.base import WorkshopError, read_card, write_json
-from fiqa_helpers.metrics import METRICS
 from fiqa_helpers.model import CARD, CONFIG, WEIGHTS
 
 LIMIT = 2_400_000  # bytes of everything
@@ -84,14 +83,8 @@ def page(kept: model.KeptRun) -> str:
     validation = kept.history()["eval_loss"].dropna()
     evaluation, greedy = kept.evaluation, five["greedy"]
     answers = zip(five["questions"], greedy["base"], greedy["tuned"], strict=True)
-    floors = evaluation["floors"]
-    lines = []
-    for name, found in evaluation["comparisons"].items():
-        values = [METRICS[name].title, f"{found['base']:.3f}", f"{found['tuned']:.3f}"]
-        values += [f"{found['difference']:+.3f}", f"{found['low']:+.3f} to {found['high']:+.3f}"]
-        values += [found["verdict"]]
-        values += [f"{means[name]:.3f}" if name in means else "" for means in floors.values()]
-        lines.append(values)
+    lines = metrics.table(evaluation["comparisons"], evaluation["floors"])
+    columns = [column for column in lines[0] if column != "better"]
     return TEMPLATE.read_text(encoding="utf-8").format(
         label=kept.label,
         words=one["answer_words"],
@@ -106,9 +99,9 @@ def page(kept: model.KeptRun) -> str:
         answers="\n".join(line(map(cell, row)) for row in answers),
         rows=evaluation["rows"],
         test_rows=evaluation["test_rows"],
-        head=line(["metric", "base", "tuned", "difference", "95 % interval", "verdict", *floors]),
-        rule=line(["---"] * (6 + len(floors))),
-        metrics="\n".join(map(line, lines)),
+        head=line(columns),
+        rule=line(["---"] * len(columns)),
+        metrics="\n".join(line(row[column] for column in columns) for row in lines),
     )
 
 

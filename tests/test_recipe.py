@@ -30,7 +30,7 @@ def tiny(tmp_path_factory):
     workspace = Workspace(str(tmp_path_factory.mktemp("recipe")))
     data.write_processed(data.load_with_report("packaged")[0], workspace.data)
     profile = load_profile("tiny")
-    base = recipe.base_folder(profile, workspace.root / "base")
+    base = model.model_path(profile)
     return profile, workspace, base, changes(profile, workspace.data, base, workspace.root / "out")
 
 

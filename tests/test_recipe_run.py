@@ -29,7 +29,7 @@ def place(tmp_path_factory):
     workspace = Workspace(str(tmp_path_factory.mktemp("recipe_run")))
     data.write_processed(data.load_with_report("packaged")[0], workspace.data)
     profile = load_profile("tiny", f"{{max_steps: {STEPS}, lora_dropout: 0.0, learning_rate: 0.02}}")
-    return profile, workspace, recipe.base_folder(profile, workspace.root / "base")
+    return profile, workspace, model.model_path(profile)
 
 
 @pytest.fixture(scope="module", autouse=True)

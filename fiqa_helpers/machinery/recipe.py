@@ -37,7 +37,7 @@ from fiqa_helpers.base import WorkshopError, project_root
 from fiqa_helpers.machinery.fast import register_packed_attention
 from fiqa_helpers.machinery.live import TRAINING, LivePanel
 from fiqa_helpers.machinery.machine import NEMOTRON, peak_memory_gib
-from fiqa_helpers.profiles import Profile, planned_profile
+from fiqa_helpers.profiles import planned_profile
 from fiqa_helpers.rows import IGNORE_INDEX, Row, encode, pack_rows, split_rows
 
 register_packed_attention()  # before a model with `attn_implementation: packed_varlen` is loaded
@@ -179,11 +179,11 @@ def check_recipe(changes: Sequence[str] = (), gpus: int = 1, tokenizer=None) -> 
     try:
         with contextlib.redirect_stdout(nemo_says), contextlib.redirect_stderr(nemo_says):
             config, ours = (parse_args_and_load_config(str(recipe_file()), argv) for argv in ([*changes], []))
-        for name in UNCHECKED:
-            found, known = ({*(c.get(name) if name else c).to_dict()} for c in (config, ours))
-            if unknown := found - known - NEMO_KNOWS:
-                raise WorkshopError(f"{name or 'The file'} has no {min(unknown)}: it has {', '.join(known)}.")
-        with contextlib.redirect_stderr(nemo_says):
+            for name in UNCHECKED:
+                found, known = ({*(c.get(name) if name else c).to_dict()} for c in (config, ours))
+                if unknown := found - known - NEMO_KNOWS:
+                    said = f"{name or 'The file'} has no {min(unknown)}: it has {', '.join(known)}."
+                    raise WorkshopError(said)
             return _build(config, RecipeConfig(config), gpus, tokenizer)
     except WorkshopError:
         raise
@@ -225,16 +225,6 @@ def _build(config: ConfigNode, recipe: RecipeConfig, gpus: int, tokenizer) -> di
         "batch": next(iter(loader)),
         "folder": folder,
     }
-
-
-def base_folder(profile: Profile, folder: Path) -> str:
-    """What a recipe loads: a hub id or a folder. Profile tiny's random model is saved to `folder` first."""
-    if profile.model != "random":
-        return model.model_path(profile)
-    tokenizer = model.load_tokenizer(profile)
-    model.tiny_model(tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 # --- Start a run in processes of its own, and follow it.
