@@ -21,8 +21,8 @@ ORDER = [
 # sum -> (code lines that it may have, lines that it has today). The second may only fall: lower it with each
 # landing, until it is the first.
 BUDGET = {
-    "lesson rooms": (1700, 2083),
-    "machinery": (1400, 1604),
+    "lesson rooms": (1700, 2082),
+    "machinery": (1400, 1597),
     "files": (23, 22),
     "templates": (250, 243),
     "tests": (7000, 12155),
