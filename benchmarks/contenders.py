@@ -351,7 +351,7 @@ class Contender:
     run: Callable[[int, str], dict]
 
 
-PROFILE_FILE = "fiqa_helpers/profiles.py"
+PROFILE_FILE = "fiqa_helpers/profiles.yaml"
 NVIDIA = (
     "https://github.com/NVIDIA-NeMo/Automodel/blob/main/"
     "examples/llm_benchmark/llama3_1/llama3_1_8b_peft_benchmark.yaml"
