@@ -59,6 +59,7 @@ def stage(project: Path, executed: Path, source: Path) -> None:
         shutil.copytree(project / folder, source / folder, ignore=no_pages)
     kept = Path("notebooks", "precomputed")
     shutil.copytree(project / kept, source / kept, ignore=shutil.ignore_patterns("adapter"))
+    shutil.copytree(project / "notebooks" / "figures", source / "notebooks" / "figures")
     for folder in (source, source / kept):
         (folder / "README.md").rename(folder / "index.md")
     for page in (*source.rglob("*.md"), *source.rglob("*.ipynb")):
