@@ -25,7 +25,7 @@ unexport VENV PROFILE OVERRIDES WORKDIR ONLY FRESH ARGS
 MAKEOVERRIDES =
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lab book bench env check preflight bundle lint format exercises clean-notebooks clean lock
+.PHONY: help run test test-slow lab book executed bench env check preflight bundle lint format exercises clean-notebooks clean lock
 
 help:  ## list these commands
 	@echo "make COMMAND [NAME=value ...]"
@@ -64,6 +64,9 @@ book: env  ## render the executed notebooks and the docs as a static site in out
 	@$(call extra,book,myst_nb furo)
 	@$(python) scripts/make_book.py "$$FIQA_WORKDIR" $(ARGS)
 
+executed: env  ## write notebooks/executed from a run: the notebooks with their results, to read without running
+	@$(python) scripts/executed.py "$$FIQA_WORKDIR"
+
 bench: env  ## speed beside TRL, NeMo and others: on a GPU the 8B model (about 6 minutes), else the laptop profile
 	@$(call extra,bench,trl)
 	@$(python) benchmarks/bench.py $(ARGS)
@@ -93,8 +96,8 @@ format: env  ## let ruff format code and notebooks
 exercises: env  ## write the exercises into the notebooks, from notebooks/solutions
 	@$(python) scripts/exercises.py
 
-clean-notebooks: env  ## write outputs/clean: headings and code only, to work through again from memory
-	@$(python) scripts/clean_notebooks.py
+clean-notebooks: env  ## write outputs/clean: headings and code only; ARGS=--short leaves out what is extra
+	@$(python) scripts/clean_notebooks.py $(ARGS)
 
 clean:  ## delete what runs wrote here (data, checkpoints, outputs) and tool caches; keeps the environment
 	rm -rf data checkpoints outputs build .pytest_cache .ruff_cache .hypothesis *.egg-info
