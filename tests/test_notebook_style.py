@@ -66,7 +66,7 @@ def dirt(path: Path) -> list[str]:
 
 @every
 def test_valid_and_clean(path):
-    """Outputs bury the changes in a diff; a path of somebody's machine works nowhere else, a token is a leak."""
+    """Outputs bury the changes in a diff; a private path works nowhere else, a token is a leak."""
     notebook = nbformat.read(path, 4)
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) >= (4, 5)
@@ -158,7 +158,7 @@ NO_RESULT = {
 
 @lesson
 def test_every_result_is_predicted_and_answered(path):
-    """Without a prediction people press Shift-Enter and read nothing; without an answer they guessed in vain."""
+    """Without a prediction people press Shift-Enter and read nothing; without an answer they learn little."""
     predicted, answered, shows, title = {}, set(), set(), ""
     for cell in cells(path):
         if cell.cell_type == "code":
@@ -205,7 +205,7 @@ def test_nothing_is_installed_or_shelled_out(path):
 
 @every
 def test_links_resolve_and_lead_to_the_neighbours(path):
-    """A dead link is the first thing a reader tries; each notebook leads to the next and to the one before."""
+    """A dead link is the first thing a reader tries; each notebook leads to the next and the one before."""
     text = prose(path)
     targets = re.findall(r"\]\(\s*<?([^)\s>]+)", text) + re.findall(r"""(?:src|href)=["']([^"']+)""", text)
     for target in targets:
