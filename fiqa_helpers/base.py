@@ -1,4 +1,8 @@
-"""What everything stands on: errors in one sentence, folders, whole files, run cards, the exercise check."""
+"""What everything stands on: errors in one sentence, folders, whole files, run cards, the exercise check.
+
+`write_card` writes each run card and adds time, versions and commit to it; `read_card` reads it. What the
+card of a notebook says is put together in `run.py`.
+"""
 
 import contextlib
 import errno
@@ -10,9 +14,8 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache, cached_property
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TextIO
@@ -21,30 +24,14 @@ from typing import TextIO
 
 
 class WorkshopError(Exception):
-    """Something a person can put right: the message names the culprit and the remedy."""
+    """Something a person can put right: the message names the culprit and the remedy.
 
-
-def shown(value: object) -> str:
-    """A value as a sentence quotes it: `repr`, cut to 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def install_notebook_handler() -> None:
-    """Let IPython show a `WorkshopError` as its sentence alone.
-
-    The cell still fails: papermill exits non-zero, nbmake reports it, Run All stops here. Outside IPython
-    this does nothing.
+    The cell fails as with any other error: papermill exits non-zero, nbmake reports it, Run All stops here.
     """
-    from IPython import get_ipython
 
-    def show(shell, kind, error, traceback, tb_offset=None) -> None:
-        # The frames given here become the cell's error output: one line is enough.
-        shell._showtraceback(kind, error, [f"{kind.__name__}: {error}"])
-
-    shell = get_ipython()
-    if shell is not None:
-        shell.set_custom_exc((WorkshopError,), show)
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of the traceback: the sentence alone."""
+        return [f"{type(self).__name__}: {self}"]
 
 
 @cache
@@ -79,8 +66,8 @@ def project_root() -> Path:
     Raises:
         WorkshopError: the notebooks are not in any parent folder.
     """
-    here, package = Path.cwd(), Path(__file__).resolve().parent.parent
-    for folder in [here, *here.parents, package]:
+    here = Path.cwd()
+    for folder in [here, *here.parents, Path(__file__).resolve().parent.parent]:
         if (folder / "fiqa_helpers" / "base.py").is_file() and (folder / "notebooks").is_dir():
             return folder
     raise WorkshopError(f"{here} is not inside the workshop's folder: start JupyterLab or papermill there.")
@@ -92,16 +79,31 @@ def cache_dir() -> Path:
     return Path(os.environ.get("FIQA_CACHE") or home / "fiqa-workshop")
 
 
+def made(folder: Path, setting: str) -> Path:
+    """`folder`, made if need be; `setting` is where a person can name another one.
+
+    Raises:
+        WorkshopError: it can't be made or written to.
+    """
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise WorkshopError(f"Cannot write to {folder}: set {setting} to a folder you may write to.")
+    return folder
+
+
 def _folder(name: str) -> property:
     """A folder of the workspace: made when it is first asked for."""
-    return property(lambda workspace: workspace.made(name), doc=f"`{name}` in the workspace.")
+    setting = "the parameter workdir"
+    return property(lambda self: made(self.root / name, setting), doc=f"`{name}` in the workspace.")
 
 
-@dataclass(frozen=True)
 class Workspace:
     """The folders that a run writes to, under `workdir` (empty: the project folder)."""
 
-    workdir: str = ""
+    def __init__(self, workdir: str = ""):
+        # Whole from the start: a later chdir must not move it.
+        self.root = Path(workdir).expanduser().resolve() if workdir else project_root()
 
     data = _folder("data")
     checkpoints = _folder("checkpoints")
@@ -111,33 +113,10 @@ class Workspace:
     logs = _folder("outputs/logs")
     evaluation = _folder("outputs/evaluation")
 
-    @cached_property
-    def root(self) -> Path:
-        """The workspace's own folder. Fixed when it is first asked for: a later chdir must not move it."""
-        return Path(self.workdir).expanduser().resolve() if self.workdir else project_root()
-
     @property
     def final_model(self) -> Path:
         """The adapter that notebook 04 leaves; not made here."""
         return self.checkpoints / "final_model"
-
-    def made(self, name: str) -> Path:
-        """The folder `name` in the workspace, made if need be.
-
-        Raises:
-            WorkshopError: it can't be made or written to.
-        """
-        folder = self.root / name
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(errno.EACCES, "it is read-only for you")
-        except OSError as error:
-            raise WorkshopError(
-                f"Cannot write to {folder} ({error.strerror}): "
-                "set the parameter workdir to a folder you may write to."
-            ) from None
-        return folder
 
     def shown(self, path: Path | str) -> str:
         """`path` as a reader should see it: relative to the workspace where possible."""
@@ -185,16 +164,17 @@ def locked(path: Path, busy: str = "") -> Iterator[None]:
         raise WorkshopError(busy) from None
 
 
+FULL_DISK = ("os error 28", "inline_container", "iostream error")  # of safetensors, torch and tokenizers
+
+
 @contextlib.contextmanager
 def disk_errors(place: Path, remedy: str) -> Iterator[None]:
     """Turn the error of a full disk inside the block into a `WorkshopError` that ends in `remedy`."""
     try:
         yield
-    except Exception as error:  # safetensors, tokenizers and torch have words of their own for a full disk
+    except Exception as error:
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if not full and not any(
-            sign in str(error) for sign in ("os error 28", "inline_container", "iostream error")
-        ):
+        if not full and not any(words in str(error) for words in FULL_DISK):
             raise
         raise WorkshopError(f"The disk of {place} is full: free some space or {remedy}.") from None
 
@@ -217,7 +197,11 @@ PACKAGES += ["liger-kernel", "triton"]  # not on every system
 
 
 def write_card(path: Path, **content: object) -> dict:
-    """Write `content` with time, versions and git revision added, as JSON; returns what was written."""
+    """Write a run card: `content` with time, versions and git revision added, as JSON. Returns it.
+
+    Every card is written here: those of notebooks (their content comes from `run.Run.finish`), of a training
+    run (`machinery/checkpoints.py`), of an evaluation (`evaluate.py`) and of benchmarks.
+    """
     now = datetime.now(UTC).isoformat(timespec="seconds")
     card = {"written": now, **content, "versions": versions(), "git_revision": git_revision()}
     write_json(path, card)
@@ -261,16 +245,12 @@ def check(rule: Callable[..., str], *answers: object) -> None:
     `WorkshopError` of the code under test is a hint as well.
     """
     try:
-        if any(is_open(answer) for answer in answers):
+        if any(map(is_open, answers)):
             said = "○ not solved yet: put your answer in place of each ... above, run that cell, then this."
-        elif not __debug__:
-            said = "○ cannot be checked: Python was told to skip assert (PYTHONOPTIMIZE or -O). Unset that."
         else:
             said = f"✓ right. {rule(*answers)}"
     except (AssertionError, WorkshopError) as error:
         said = f"✗ not yet. {error}"
-    except NameError as error:
-        said = f"✗ not checked ({error}): run the cells above, from the top, or look for a typing mistake."
     except Exception as error:  # whatever an answer of the wrong kind, or broken code, can raise
         said = f"✗ not yet. Your answer cannot be checked, {type(error).__name__}: {error}"
     title = rule.__name__.replace("_", " ").capitalize()
@@ -278,12 +258,8 @@ def check(rule: Callable[..., str], *answers: object) -> None:
 
 
 def is_open(answer: object) -> bool:
-    """True for `...`, `None`, a collection that holds one, and a function that still returns `...`."""
-    if isinstance(answer, dict):
-        return any(map(is_open, answer.values()))
-    if isinstance(answer, list | tuple | set):
-        return any(map(is_open, answer))
-    if hasattr(answer, "__code__"):  # a function: `return ..., ...` is a constant of its own, a tuple
-        constants = answer.__code__.co_consts
-        return ... in constants or any(isinstance(part, tuple) and ... in part for part in constants)
-    return answer is None or answer is ...
+    """True for `...`, `None`, a list, tuple or set that holds one, and a function that still has a `...`."""
+    if hasattr(answer, "__code__"):
+        return "Ellipsis" in repr(answer.__code__.co_consts)
+    parts = answer if isinstance(answer, list | tuple | set) else [answer]
+    return any(part is None or part is ... for part in parts)

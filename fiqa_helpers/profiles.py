@@ -1,13 +1,19 @@
-"""Profiles: one name that sets model, data, precision, batch layout and length of a run; overrides."""
+"""Profiles: one name that sets model, data, precision, batch layout and length of a run; overrides.
+
+The defaults of `Profile` are the reference recipe; profiles.yaml holds what each profile changes of it.
+`planned_profile` refuses a wrong override, `load_profile` also a machine that cannot make the run.
+"""
 
 import difflib
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from fiqa_helpers.base import WorkshopError, shown
+from fiqa_helpers.base import WorkshopError
 from fiqa_helpers.machinery import machine
 from fiqa_helpers.machinery.machine import NEMOTRON
 
@@ -72,48 +78,8 @@ class Profile:
 
 SETTINGS = [field.name for field in fields(Profile) if field.name not in ("name", "title")]
 REFERENCE = Profile()
-LAPTOP = Profile(
-    name="laptop",
-    title="2 CPU cores, no GPU",
-    model="packaged",
-    data="packaged",
-    device="cpu",
-    dtype="float32",
-    max_length=320,
-    tokens_per_batch=1024,
-    batch_size=8,
-    learning_rate=4e-3,  # with so few steps; chosen among 48 settings (benchmarks/RECIPE.md)
-    epochs=1,
-    max_steps=24,
-    gradient_checkpointing=False,
-    training="topical",
-    topical_words=100,
-    train_rows=400,
-    eval_rows=16,
-    eval_steps=8,
-    sample_steps=12,
-    max_new_tokens=128,
-)
-TINY = replace(
-    LAPTOP,
-    name="tiny",
-    title="random weights, for tests only",
-    model="random",
-    training="reference",
-    topical_words=0,
-    max_length=128,
-    tokens_per_batch=512,
-    batch_size=4,
-    max_steps=4,
-    train_rows=24,
-    eval_rows=4,
-    eval_steps=2,
-    sample_steps=2,
-    max_new_tokens=8,
-)
-GPU24 = Profile(name="gpu24", title="one 24 GB GPU", layout="packed")
-GPU80 = replace(GPU24, name="gpu80", title="one 80 GB GPU", gradient_checkpointing=False)
-PROFILES = {profile.name: profile for profile in (LAPTOP, GPU24, GPU80, TINY)}
+_CHANGES = yaml.safe_load(Path(__file__).with_name("profiles.yaml").read_text(encoding="utf-8"))
+PROFILES = {name: Profile(name=name, **changes) for name, changes in _CHANGES.items()}
 
 # What a notebook and the one before it, or an adapter and the run that uses it, have in common: otherwise two
 # different things are compared.
@@ -146,7 +112,7 @@ def planned_profile(profile: str = "auto", overrides: str = "") -> Profile:
         first, *others = error.errors()
         name = first["loc"][0]
         said = " or ".join([first["msg"], *(other["msg"] for other in others if other["loc"][0] == name)])
-        raise WorkshopError(f"{name} is {shown(first['input'])}: {said}.") from None
+        raise WorkshopError(f"{name} is {first['input']!r:.80}: {said}.") from None
     if (chosen.training == "topical") != (chosen.topical_words > 0):
         raise WorkshopError(
             f"training is {chosen.training} and topical_words {chosen.topical_words}: set one of the two."
@@ -165,25 +131,23 @@ def profile_name(profile: str) -> str:
         profile, reason = choose_profile()
         print(f"Profile auto chose {profile}: {reason}.")
     if profile not in PROFILES:
-        raise WorkshopError(f"profile is {shown(profile)}: choose one of auto, {', '.join(PROFILES)}.")
+        raise WorkshopError(f"profile is {profile!r:.80}: choose one of auto, {', '.join(PROFILES)}.")
     return profile
 
 
 def _mapping(overrides: str) -> dict[str, Any]:
     """The settings that `overrides` names; of training and topical_words, one brings the other along."""
-    import yaml
-
     try:
         wanted = yaml.safe_load(overrides) or {}
     except Exception:  # PyYAML lets ValueError, IndexError and RecursionError through
         wanted = None
     if not isinstance(wanted, dict):
-        raise WorkshopError(f"overrides is {shown(overrides)}: write a YAML mapping like {{max_steps: 20}}.")
+        raise WorkshopError(f"overrides is {overrides!r:.80}: write a YAML mapping like {{max_steps: 20}}.")
     for key in wanted:
         if key not in SETTINGS:
             near = difflib.get_close_matches(str(key).lower(), SETTINGS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(SETTINGS)}."
-            raise WorkshopError(f"overrides names {shown(key)}, which no profile has: {hint}")
+            raise WorkshopError(f"overrides names {key!r:.80}, which no profile has: {hint}")
     if "training" in wanted:
         return {"topical_words": 100 if wanted["training"] == "topical" else 0} | wanted
     if "topical_words" in wanted:
@@ -227,7 +191,7 @@ def _refuse_if_impossible(profile: Profile) -> None:
     gpu, config = machine.gpu(), machine.config_of(profile)
     problem = _trouble(gpu)
     if config and not problem:
-        problem = machine.memory_advice(profile, config, gpu.free_gib * machine.GIB)
+        problem = machine.memory_advice(profile, config, gpu.free_gib)
     if problem:
         raise WorkshopError(f"Profile {profile.name} cannot run here: {problem}. Profile laptop can.")
 

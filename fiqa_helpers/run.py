@@ -1,4 +1,7 @@
-"""How a notebook begins and ends: parameters checked, settings that travel, noise quieted, a run card."""
+"""How a notebook begins and ends: parameters checked, settings that travel, noise quieted, a run card.
+
+`Run.finish` puts together what a notebook's run card says; `base.write_card` writes it.
+"""
 
 import difflib
 import logging
@@ -10,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fiqa_helpers import base
-from fiqa_helpers.base import WorkshopError, Workspace, read_card, shown
+from fiqa_helpers.base import WorkshopError, Workspace, read_card
 from fiqa_helpers.machinery import machine
 from fiqa_helpers.profiles import Profile, disagreement, load_profile, profile_name
 from fiqa_helpers.show import Picture, style_page
@@ -20,6 +23,10 @@ NOTEBOOKS = {name[:2]: name for name in [*_NAMES.split(), "07_scale_out"]}
 
 # Smallest value of parameters that Python would take and understand otherwise: rows[:-1] are all but one.
 LOWEST = {"example": -1, "first_row": 0, "rows": 0, "rows_per_batch": 1, "n_questions": 1, "processes": 1}
+
+# Libraries whose user warnings and log messages a reader can do nothing about.
+CHATTY = ("torchao", "peft", "nemo_automodel", "megatron_fsdp", "transformers", "liger_kernel", "httpx")
+CHATTY += ("torch", "torch.utils._pytree")
 
 
 def start(namespace: dict, number: str) -> "Run":
@@ -33,12 +40,9 @@ def start(namespace: dict, number: str) -> "Run":
     # Threads that wait for each other go to sleep. The default, waiting busily, made generation ten times
     # slower on two cores that other programs use too. Read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    base.install_notebook_handler()
     quiet()
     if not __debug__:
-        raise WorkshopError(
-            "PYTHONOPTIMIZE (or -O) skips every check of this notebook: unset it and restart."
-        )
+        raise WorkshopError("PYTHONOPTIMIZE (or -O) skips every check of a notebook: unset it and restart.")
     parameters = check_parameters(namespace)
     workspace = Workspace(parameters["workdir"])
     name = profile_name(parameters["profile"])
@@ -78,17 +82,16 @@ class Run:
         Raises:
             WorkshopError: it was not run in this workspace, or with another model, data, prompt or training.
         """
+        name = NOTEBOOKS[number]
         card = read_card(self.workspace.run_cards / f"{number}.json") or {}
         there = card.get("profile")
         if not isinstance(there, dict):
-            raise WorkshopError(
-                f"Notebook {NOTEBOOKS[number]} has not been run in {self.workspace.root}: run it first."
-            )
+            raise WorkshopError(f"Notebook {name} has not been run in {self.workspace.root}: run it first.")
         if differing := disagreement(there, self.profile):
             key, before, now = differing
             raise WorkshopError(
-                f"Notebook {NOTEBOOKS[number]} was run with {key} = {before!r} and this one has "
-                f"{now!r}: give both the same profile and overrides."
+                f"Notebook {name} was run with {key} = {before!r} and this one has {now!r}: "
+                "give both the same profile and overrides."
             )
         return card
 
@@ -99,7 +102,9 @@ class Run:
         return Picture(path.read_bytes(), alt)
 
     def finish(self, figure: str, files: list[Path] | None = None, **facts: object) -> None:
-        """Write the run card: `figure` is the main result in a few words, `facts` its numbers."""
+        """Put the run card together and have it written: `figure` is the main result in a few words, `facts`
+        its numbers, `files` what the notebook has made.
+        """
         path = self.workspace.run_cards / f"{self.number}.json"
         minutes, peak = (time.time() - self.started) / 60, machine.peak_memory_gib()
         with base.disk_errors(path.parent, "set the parameter workdir to another folder"):
@@ -141,7 +146,7 @@ def check_parameters(namespace: dict) -> dict:
         value = namespace[name]
         if type(value) is not kind and (kind, type(value)) != (float, int):
             how = " (papermill: pass it with -y or -f, not -p)" if isinstance(value, str) else ""
-            raise WorkshopError(f"Parameter {name} is {shown(value)}: it must be {kind.__name__}{how}.")
+            raise WorkshopError(f"Parameter {name} is {value!r:.80}: it must be {kind.__name__}{how}.")
         if name in LOWEST and value < LOWEST[name]:
             raise WorkshopError(f"Parameter {name} is {value}: it must be {LOWEST[name]} or more.")
     return {name: namespace[name] for name in kinds}
@@ -158,15 +163,6 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    for name in (
-        "torch",
-        "torchao",
-        "peft",
-        "nemo_automodel",
-        "megatron_fsdp",
-        "transformers",
-        "liger_kernel",
-    ):
+    for name in CHATTY:
         warnings.filterwarnings("ignore", category=UserWarning, module=name)
-    for name in ("nemo_automodel", "torchao", "torch.utils._pytree", "transformers", "httpx", "liger_kernel"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -11,13 +11,14 @@ from fiqa_helpers.base import is_interactive
 from fiqa_helpers.rows import IGNORE_INDEX
 
 # Dark text on a light ground of its own, readable in a light and in a dark JupyterLab, and in grey.
-_TRAINED = "background:#ffe08a;color:#111;font-weight:bold;text-decoration:underline"
-_READ = "border:1px dotted #888"
+_TRAINED = "padding:0 1px;background:#ffe08a;color:#111;font-weight:bold;text-decoration:underline"
+_READ = "padding:0 1px;border:1px dotted #888"
 _STRIP = "line-height:1.9;font-family:monospace;overflow-wrap:anywhere"
 _TABLE = "width:100%;table-layout:fixed;color:inherit;text-align:left;vertical-align:top"
 _CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:break-word"
-_DARK = (
-    "<style>.fiqa-picture{max-width:100%} "
+# For a whole page: JupyterLab's own rule breaks lines inside numbers; pictures turn dark with the theme.
+_PAGE = (
+    "<style>.jp-Notebook .jp-OutputArea-output pre{word-break:normal} .fiqa-picture{max-width:100%} "
     '[data-jp-theme-light="false"] .fiqa-picture{filter:invert(.93) hue-rotate(180deg)}</style>'
 )
 _TEXT_WIDTH = 100  # characters of a line in the plain-text form
@@ -39,13 +40,13 @@ class Shown:
 class Picture(Shown):
     """A PNG to display, with its alternative text wherever it is shown.
 
-    JupyterLab gives a PNG the text "Image", so a person gets an <img> as well; it turns dark with the theme.
+    JupyterLab gives a PNG the text "Image", so a person gets an <img> as well.
     """
 
     def __init__(self, png: bytes, alt: str):
         self.png = base64.b64encode(png).decode()
         image = f'alt="{html.escape(alt)}" src="data:image/png;base64,{self.png}"'
-        super().__init__(f'{_DARK}<img class="fiqa-picture" {image}>', alt)
+        super().__init__(f'<img class="fiqa-picture" {image}>', alt)
 
     def _repr_mimebundle_(self, **_: object) -> tuple[dict, dict]:
         data = {"image/png": self.png, "text/plain": self.text}
@@ -77,22 +78,22 @@ def tokens(row: Mapping[str, Sequence[int]], tokenizer, hide_first: int = 0) -> 
     that many tokens at the start.
     """
     trained = [label != IGNORE_INDEX for label in row["labels"]]
-    caption = f"{sum(trained)} of {len(trained)} tokens carry loss"
+    caption = f"{sum(trained)} of {len(trained)} tokens carry loss, those"
     hidden = f" The first {hide_first} tokens are left out here." if hide_first else ""
     marked, plain = [], []
     for token, carries_loss in list(zip(row["input_ids"], trained, strict=True))[hide_first:]:
         text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        text = text.replace("\n", "↵").replace(" ", "·")
-        style = _TRAINED if carries_loss else _READ
-        tag = "u" if carries_loss else "span"  # <u> survives where style attributes are stripped
-        marked.append(f'<{tag} style="{style};padding:0 1px">{escape(text)}</{tag}>')
-        plain.append(f"[{printable(text)}]" if carries_loss else printable(text))
-    said = (
-        f"{caption}, those <u style='{_TRAINED}'>bold and underlined</u>; the others are only read.{hidden}"
+        text = printable(text.replace("\n", "↵").replace(" ", "·"))
+        # <u> survives where style attributes are stripped
+        tag, style = ("u", _TRAINED) if carries_loss else ("span", _READ)
+        marked.append(f'<{tag} style="{style}">{escape(text)}</{tag}>')
+        plain.append(f"[{text}]" if carries_loss else text)
+    page = (
+        f'<p>{caption} <u style="{_TRAINED}">bold and underlined</u>; the others are only read.{hidden}</p>'
     )
-    page = f'<p>{said}</p><p style="{_STRIP}">{"&#8203;".join(marked)}</p>'
+    page += f'<p style="{_STRIP}">{"&#8203;".join(marked)}</p>'
     strip = textwrap.fill("".join(plain), _TEXT_WIDTH, break_on_hyphens=False)
-    return Shown(page, f"{caption}, those in [brackets]; the others are only read.{hidden}\n{strip}")
+    return Shown(page, f"{caption} in [brackets]; the others are only read.{hidden}\n{strip}")
 
 
 def answers(
@@ -108,23 +109,21 @@ def answers(
     Raises:
         ValueError: a column has not one answer for each question.
     """
-    heads = f'<th scope="col" style="{_CELL};width:20%">Question</th>'
-    heads += "".join(f'<th scope="col" style="{_CELL}">{escape(name)}</th>' for name in columns)
+    heads = "".join(f'<th scope="col" style="{_CELL}">{escape(name)}</th>' for name in ["Question", *columns])
     body, text = "", [caption]
     for number, (question, *row) in enumerate(zip(questions, *columns.values(), strict=True), 1):
         body += f'<tr><th scope="row" style="{_CELL}">{escape(question)}</th>'
         text.append(f"\n{number}. {printable(question)}")
         for name, answer in zip(columns, row, strict=True):
-            said, how = (answer, "") if isinstance(answer, str) else (answer.text, ending(answer))
-            ended = f"<br><i>&#8212; {how}</i>" if how else ""
-            body += f'<td style="{_CELL}">{escape(said) or "<i>(nothing)</i>"}{ended}</td>'
+            said, how = (answer, "") if isinstance(answer, str) else (answer.text, f" ({ending(answer)})")
+            body += (
+                f'<td style="{_CELL}">{escape(said) or "<i>(nothing)</i>"}{how and f"<br><i>{how}</i>"}</td>'
+            )
             lines = textwrap.fill(printable(said) or "(nothing)", _TEXT_WIDTH - 4)
-            text.append(f"  {name}{how and f' ({how})'}:\n{textwrap.indent(lines, '    ')}")
+            text.append(f"  {name}{how}:\n{textwrap.indent(lines, '    ')}")
         body += "</tr>"
-    page = (
-        f'<table style="{_TABLE}"><caption style="text-align:left">{escape(caption)}</caption>'
-        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
-    )
+    page = f'<table style="{_TABLE}"><caption style="text-align:left">{escape(caption)}</caption>'
+    page += f'<col style="width:20%"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
     return Shown(page, "\n".join(text))
 
 
@@ -135,22 +134,16 @@ def ending(answer) -> str:
 
 
 def style_page() -> None:
-    """Let JupyterLab break lines of text between words; its own rule breaks them inside numbers."""
+    """Give JupyterLab's page the look that outputs need; for a notebook that a person sees live."""
     from IPython.display import HTML, display
 
-    display(HTML("<style>.jp-Notebook .jp-OutputArea-output pre{word-break:normal}</style>"))
+    display(HTML(_PAGE))
 
 
 def show_line(text: str) -> None:
     """Write one line to the process's stderr, past the notebook, which would keep every line as output."""
-    copy = getattr(sys.stderr, "_original_stdstream_copy", None)  # ipykernel's way to the terminal
-    if copy is not None:
-        os.write(copy, f"{text}\n".encode())
-        return
-    in_kernel = hasattr(sys.stderr, "pub_thread")
-    stream = sys.__stderr__ if in_kernel else sys.stderr
-    if stream is not None:
-        print(text, file=stream, flush=True)
+    terminal = getattr(sys.stderr, "_original_stdstream_copy", None)  # ipykernel has put a pipe in its place
+    os.write(terminal or sys.__stderr__.fileno(), f"{text}\n".encode())
 
 
 def answer_clicks_while_busy(widget) -> None:

@@ -4,12 +4,11 @@ import contextlib
 import math
 import shutil
 import signal
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from fiqa_helpers.base import WorkshopError, disk_errors
@@ -34,8 +33,7 @@ class AnswerTrainer(Trainer):
         args._n_gpu = min(args.n_gpu, 1)
         args.accelerator_config.non_blocking = args.device.type == "cuda"  # copies batches while it computes
         super().__init__(args=args, **kwargs)
-        self.terminator = Terminator()
-        self.add_callback(self.terminator)
+        self.told = ""  # to stop: the name of the signal
         self.limit = math.log(self.model.get_input_embeddings().num_embeddings) + 1  # guessing costs log(n)
         self.bad_steps = torch.zeros((), device=args.device)
         self.forward_copies = fast.ForwardCopies(self.model)
@@ -52,10 +50,9 @@ class AnswerTrainer(Trainer):
         """
         run = Path(self.args.output_dir)
         checkpoints.refuse_other_start(run, resume_from_checkpoint)
-        resume = str(resume_from_checkpoint) if resume_from_checkpoint else None
         try:
-            with self.terminator.listening():
-                return super().train(resume_from_checkpoint=resume, **kwargs)
+            with self._listening():
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except KeyboardInterrupt:  # an interrupted run, too, ends with the best adapter saved so far
             if self.state.best_model_checkpoint:
                 self._load_best_model()
@@ -83,6 +80,9 @@ class AnswerTrainer(Trainer):
             mask = micro_batch.get("attention_mask")  # packed rows have none, and no padding
             self._tokens += micro_batch["input_ids"].numel() if mask is None else mask.sum()
             self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+        # Saved in the middle of a step, as `enable_jit_checkpoint` does, dropout has drawn already, and the
+        # resumed run would be another.
+        self.control.should_save |= bool(self.told)
         self.timer.mark()
         return total
 
@@ -107,6 +107,21 @@ class AnswerTrainer(Trainer):
         return model(**inputs, **fast.loss_options(inputs), use_cache=False, num_items_in_batch=1).loss
 
     # -- a run that goes wrong ends here, before it spoils what was good
+
+    @contextlib.contextmanager
+    def _listening(self):
+        """SIGTERM (a job's time is over) and SIGHUP (its terminal was closed) end a run with a checkpoint.
+
+        Whoever ignores one (nohup) goes on ignoring it.
+        """
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        for number in [n for n in before if before[n] != signal.SIG_IGN]:
+            signal.signal(number, lambda number, _: setattr(self, "told", signal.Signals(number).name))
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """A gradient that is no number never reaches the weights.
@@ -151,11 +166,15 @@ class AnswerTrainer(Trainer):
             checkpoints.write_manifest(folder)
         self.args.save_total_limit = limit
         rotate_checkpoints(str(run), limit, self.state.best_model_checkpoint)
+        if self.told and self.state.global_step < self.state.max_steps:
+            raise WorkshopError(
+                f"Training was told to stop ({self.told}) after step {self.state.global_step} of "
+                f"{self.state.max_steps}: run this again with the same parameters; {checkpoints.way_on(run)}."
+            )
 
     def _load_best_model(self) -> None:
         best = checkpoints.checkpoint_folder(self.args.output_dir, self.state.best_global_step)
-        problem = checkpoints.fault(best)
-        if problem:
+        if problem := checkpoints.fault(best):
             print(f"{best.name}, the best by validation loss, is not used: {problem}. The last adapter is.")
             return
         self.state.best_model_checkpoint = str(best)  # in this run's folder, which may have been moved
@@ -165,40 +184,3 @@ class AnswerTrainer(Trainer):
         """A run that was killed after its last step has nothing left to do: the Trainer would add a step."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
-
-
-class Terminator(TrainerCallback):
-    """SIGTERM (a job's time is over) and SIGHUP (its terminal was closed) end a run with a checkpoint.
-
-    The step at hand is finished first: saved in the middle of one, as `enable_jit_checkpoint` does, dropout
-    has drawn already and the resumed run would be another.
-    """
-
-    told = ""  # the signal's name
-
-    @contextlib.contextmanager
-    def listening(self):
-        """Answer the signals inside the block; whoever ignores one (nohup) goes on ignoring it."""
-        # Elsewhere than in the main thread Python allows no handlers.
-        self.told, main = "", threading.current_thread() is threading.main_thread()
-        numbers = [signal.SIGTERM, signal.SIGHUP] if main else []
-        before = {number: signal.getsignal(number) for number in numbers}
-        for number in [n for n in numbers if before[n] != signal.SIG_IGN]:
-            signal.signal(number, lambda number, _: setattr(self, "told", signal.Signals(number).name))
-        try:
-            yield
-        finally:
-            for number in numbers:
-                signal.signal(number, before[number])
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.told and state.global_step < state.max_steps:
-            control.should_save = True
-
-    def on_save(self, args, state, control, **kwargs):
-        if self.told and state.global_step < state.max_steps:
-            raise WorkshopError(
-                f"Training was told to stop ({self.told}) after step {state.global_step} of "
-                f"{state.max_steps}: run this again with the same parameters; "
-                f"{checkpoints.way_on(args.output_dir)}."
-            )

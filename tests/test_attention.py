@@ -1,5 +1,6 @@
 """Packed attention: each row for itself, causal, whatever stands beside it."""
 
+import copy
 import inspect
 
 import pytest
@@ -52,14 +53,14 @@ def packed_model(tiny_model, monkeypatch):
     return tiny_model.eval()
 
 
-def logits(model, batch: dict) -> torch.Tensor:
+def logits(model, batch: dict, use_cache: bool = False) -> torch.Tensor:
+    inputs = {key: value for key, value in batch.items() if key not in LOSS_ONLY}
     with torch.no_grad():
-        inputs = {k: v for k, v in batch.items() if k not in LOSS_ONLY}
-        return model(**inputs, use_cache=False).logits
+        return model(**inputs, use_cache=use_cache).logits
 
 
 def split(packed: torch.Tensor, rows: list[dict]) -> list[torch.Tensor]:
-    """Logits (1, tokens, vocabulary) of packed rows, one tensor for each row."""
+    """Logits of packed rows, one tensor for each row."""
     return list(packed[0].split([len(row["input_ids"]) for row in rows]))
 
 
@@ -70,38 +71,27 @@ def with_one_row_changed(rows: list[dict], changed: int) -> list[dict]:
     return other
 
 
-def test_registered_function_gives_the_padded_models_logits(tiny_model, rows, monkeypatch):
-    """Heads repeated in the wrong order, limits off by one, a wrong scale: logits of another model."""
-    padded = logits(tiny_model.eval(), pad_rows(rows, 0))
-    monkeypatch.setattr(fast, "_kernel", per_row_sdpa)
-    tiny_model.set_attn_implementation(fast.register_packed_attention())
-    for row, one, many in zip(rows, split(logits(tiny_model, pack_rows(rows)), rows), padded, strict=True):
-        torch.testing.assert_close(one, many[: len(row["input_ids"])], rtol=1e-5, atol=1e-5)
-
-
-def test_it_is_the_registered_function_that_runs(packed_model, rows, monkeypatch):
-    """transformers falling back to another implementation: the tests here would prove nothing."""
+def test_registered_function_gives_the_padded_models_logits(packed_model, rows, monkeypatch):
+    """Heads repeated in the wrong order, limits off by one, a wrong scale; or it is never called at all."""
     calls = []
     monkeypatch.setattr(fast, "_kernel", lambda *args: calls.append(args) or per_row_sdpa(*args))
-    logits(packed_model, pack_rows(rows))
+    packed = split(logits(packed_model, pack_rows(rows)), rows)
     assert len(calls) == packed_model.config.num_hidden_layers
-    query, key, value, limits, longest, scaling = calls[0]
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    assert query.shape == (tokens, 4, 16) and key.shape == value.shape == (tokens, 2, 16)
-    assert limits.tolist()[-1] == len(query) and longest == 400 and scaling == 16**-0.5
+    assert calls[0][0].shape[1:] == (4, 16) and calls[0][1].shape[1:] == (2, 16)
+    packed_model.set_attn_implementation("sdpa")
+    padded = logits(packed_model, pad_rows(rows, 0))
+    for row, one, many in zip(rows, packed, padded, strict=True):
+        torch.testing.assert_close(one, many[: len(row["input_ids"])], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("changed", range(4))
 @pytest.mark.parametrize("implementation", ["registered", "sdpa"])
-def test_changing_one_row_leaves_the_others_bitwise_unchanged(
-    packed_model, rows, implementation, changed, monkeypatch
-):
+def test_changing_one_row_leaves_the_others_bitwise_unchanged(packed_model, rows, implementation, changed):
     """Rows that see one another: the loss moves by 1.5e-4, which no test of losses notices."""
     if implementation == "sdpa":
         packed_model.set_attn_implementation("sdpa")
     other = with_one_row_changed(rows, changed)
-    before = split(logits(packed_model, pack_rows(rows)), rows)
-    after = split(logits(packed_model, pack_rows(other)), other)
+    before, after = (split(logits(packed_model, pack_rows(r)), rows) for r in (rows, other))
     for i in range(4):
         assert torch.equal(before[i], after[i]) == (i != changed)
 
@@ -110,9 +100,7 @@ def test_a_cache_makes_rows_see_one_another(packed_model, rows):
     """The reason for `use_cache=False` in the trainer, and a proof that the test above can fail."""
     packed_model.set_attn_implementation("sdpa")
     batches = [pack_rows(rows), pack_rows(with_one_row_changed(rows, 0))]
-    with torch.no_grad():
-        inputs = [{k: v for k, v in batch.items() if k not in LOSS_ONLY} for batch in batches]
-        before, after = (split(packed_model(**batch, use_cache=True).logits, rows) for batch in inputs)
+    before, after = (split(logits(packed_model, batch, use_cache=True), rows) for batch in batches)
     assert not torch.equal(before[3], after[3])
 
 
@@ -154,17 +142,10 @@ def test_padded_rows_under_the_registered_name(packed_model, rows):
         assert torch.equal(logits(packed_model, side | positions)[real], expected[real])
 
 
-@pytest.mark.parametrize(
-    ("layout", "device", "expected"),
-    [("padded", "cuda", "sdpa"), ("padded", "cpu", "sdpa"), ("packed", "cpu", "sdpa")],
-)
-def test_sdpa_everywhere_but_for_packed_rows_on_a_gpu(layout, device, expected):
-    """The kernel has no CPU version."""
-    assert fast.attention_implementation(layout, device) == expected
-
-
 def test_packed_rows_on_a_gpu_take_the_kernel_or_say_why_not(monkeypatch):
-    """An older torch ends in ModuleNotFoundError in the first training step."""
+    """The kernel has no CPU version; an older torch has none and ends in the first step."""
+    elsewhere = [("padded", "cuda"), ("padded", "cpu"), ("packed", "cpu")]
+    assert {fast.attention_implementation(*place) for place in elsewhere} == {"sdpa"}
     assert fast.attention_implementation("packed", "cuda") == fast.NAME
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(WorkshopError, match=r"torch .* has no variable-length attention.*layout: padded"):
@@ -172,54 +153,39 @@ def test_packed_rows_on_a_gpu_take_the_kernel_or_say_why_not(monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel runs on an NVIDIA GPU only")
 class TestOnCuda:
     """The real kernel, in bf16, on the same rows."""
 
     @pytest.fixture
     def models(self, tiny_model):
-        """(fp32 model on sdpa, the same in bf16 on the kernel)"""
-        import copy
-
-        model = copy.deepcopy(tiny_model).to("cuda", torch.bfloat16).eval()
-        model.set_attn_implementation(fast.register_packed_attention())
-        return tiny_model.cuda().eval(), model
+        """(fp32 model on sdpa, the same in bf16 on sdpa, the same in bf16 on the kernel)"""
+        rounded, packed = (copy.deepcopy(tiny_model).to("cuda", torch.bfloat16).eval() for _ in range(2))
+        packed.set_attn_implementation(fast.register_packed_attention())
+        return tiny_model.cuda().eval(), rounded, packed
 
     @staticmethod
     def on_gpu(batch: dict) -> dict:
         return {k: v.cuda() if torch.is_tensor(v) else v for k, v in batch.items()}
 
     def test_kernel_agrees_with_sdpa(self, models, rows):
-        """A kernel that is not causal, or mixes rows, is off by far more than bf16 rounding."""
-        exact, fast = models
-        padded = logits(exact, self.on_gpu(pad_rows(rows, 0)))
-        rounded = logits(copy_in_bf16(exact), self.on_gpu(pad_rows(rows, 0))).float()
-        packed = split(logits(fast, self.on_gpu(pack_rows(rows))).float(), rows)
+        """A kernel that is not causal, mixes rows, or lacks a backward pass: far off bf16's rounding."""
+        exact, rounded, kernel = models
+        padded, near = (logits(m, self.on_gpu(pad_rows(rows, 0))).float() for m in (exact, rounded))
+        packed = split(logits(kernel, self.on_gpu(pack_rows(rows))).float(), rows)
         for i, row in enumerate(rows):
             n = len(row["input_ids"])
-            allowed = 2 * (rounded[i, :n] - padded[i, :n]).abs().max()
+            allowed = 2 * (near[i, :n] - padded[i, :n]).abs().max()
             assert (packed[i] - padded[i, :n]).abs().max() <= allowed
+        for one, batch in ((exact, pad_rows(rows, 0)), (kernel, pack_rows(rows))):
+            one(**self.on_gpu(batch), use_cache=False, num_items_in_batch=1).loss.backward()
+        for one, two in zip(exact.parameters(), kernel.parameters(), strict=True):
+            cosine = functional.cosine_similarity(one.grad.flatten(), two.grad.float().flatten(), dim=0)
+            assert cosine > 0.999
 
     @pytest.mark.parametrize("changed", range(4))
     def test_changing_one_row_leaves_the_others_bitwise_unchanged(self, models, rows, changed):
         """Limits that the kernel reads otherwise than we do."""
         other = with_one_row_changed(rows, changed)
-        before = split(logits(models[1], self.on_gpu(pack_rows(rows))), rows)
-        after = split(logits(models[1], self.on_gpu(pack_rows(other))), other)
+        before, after = (split(logits(models[2], self.on_gpu(pack_rows(r))), rows) for r in (rows, other))
         for i in range(4):
             assert torch.equal(before[i], after[i]) == (i != changed)
-
-    def test_gradients_agree_with_sdpa(self, models, rows):
-        """A backward pass that is missing or that crosses the rows."""
-        exact, fast = models
-        for one, batch in ((exact, pad_rows(rows, 0)), (fast, pack_rows(rows))):
-            one(**self.on_gpu(batch), use_cache=False, num_items_in_batch=1).loss.backward()
-        for one, two in zip(exact.parameters(), fast.parameters(), strict=True):
-            cosine = functional.cosine_similarity(one.grad.flatten(), two.grad.float().flatten(), dim=0)
-            assert cosine > 0.999
-
-
-def copy_in_bf16(model):
-    import copy
-
-    return copy.deepcopy(model).to(torch.bfloat16)

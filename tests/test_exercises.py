@@ -326,7 +326,7 @@ def test_what_a_check_says(capsys):
     assert said_of(capsys, exercise_7, ...).startswith("Exercise 7 ○ not solved yet: put your answer")
     assert said_of(capsys, exercise_7, 1) == "Exercise 7 ✗ not yet. One is too small."
     assert said_of(capsys, exercise_7, 2) == "Exercise 7 ✗ not yet. Two is refused."
-    assert "name 'missing' is not defined): run the cells above" in said_of(capsys, exercise_7, 3)
+    assert "cannot be checked, NameError: name 'missing'" in said_of(capsys, exercise_7, 3)
     assert "cannot be checked, TypeError" in said_of(capsys, exercise_7, "four")
     assert said_of(capsys, exercise_7, 4) == "Exercise 7 ✓ right. Four it is."
 
@@ -343,15 +343,7 @@ def test_what_counts_as_open(capsys):
     def partly():
         return ..., 1
 
-    for answer in (..., None, [1, ...], {"a": None}, empty, partly):
+    for answer in (..., None, [1, ...], {None}, empty, partly):
         assert "not solved yet" in said_of(capsys, exercise_1, 5, answer), answer
     for answer in (0, False, "", [], lambda: 0, exercise_1):
         assert "right" in said_of(capsys, exercise_1, answer), answer
-
-
-def test_no_exercise_is_right_where_asserts_are_skipped():
-    """PYTHONOPTIMIZE strips each hint's assert: every answer was right."""
-    code = "from fiqa_helpers.base import check\ndef exercise_1(n):\n    assert n == 3\n    return ''\n"
-    code += "check(exercise_1, 4)"
-    said = subprocess.check_output([sys.executable, "-O", "-c", code], text=True)
-    assert "cannot be checked: Python was told to skip assert" in said and "right" not in said

@@ -26,26 +26,17 @@ def tuned(tiny_model):
     return model
 
 
-def backward(model) -> None:
-    ids = torch.arange(12)[None]
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-
-
 def test_forward_sees_copies_and_the_optimizer_fp32(tuned):
     """Weights left as bf16 forget small steps; ones left as fp32 are cast in every layer."""
-    copies = ForwardCopies(tuned)
-    before = dict(tuned.named_parameters())
+    copies, before, ids = ForwardCopies(tuned), dict(tuned.named_parameters()), torch.arange(12)[None]
     with copies():
-        inside = {n: p for n, p in tuned.named_parameters() if p.requires_grad}
-        assert {p.dtype for p in inside.values()} == {torch.bfloat16}
-        for name, copy in inside.items():
-            assert torch.equal(copy, before[name].bfloat16())
-        backward(tuned)
+        inside = {name: copy for name, copy in tuned.named_parameters() if copy.requires_grad}
+        assert len(inside) == 8 and {copy.dtype for copy in inside.values()} == {torch.bfloat16}
+        assert all(torch.equal(copy, before[name].bfloat16()) for name, copy in inside.items())
+        tuned(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     after = dict(tuned.named_parameters())
     assert all(after[name] is before[name] for name in before)
-    assert len(inside) == 8
-    for name in inside:
-        assert after[name].dtype == after[name].grad.dtype == torch.float32
+    assert {after[name].grad.dtype for name in inside} == {torch.float32}
 
 
 def test_gradients_add_up_in_fp32(tuned):
@@ -71,16 +62,11 @@ def test_weights_come_back_after_an_error(tuned):
 
 
 def test_one_dtype_needs_no_copies(tiny_model):
-    """The laptop profile is fp32 throughout: no copies, no cost, bitwise the same run as without."""
+    """The laptop profile is fp32 throughout: bitwise the same run as without, and no GPU's options."""
     model = get_peft_model(tiny_model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     copies = ForwardCopies(model)
-    assert copies.copies == []
     with copies():
-        assert {p.dtype for p in model.parameters()} == {torch.float32}
-
-
-def test_a_cpu_run_gets_no_gpu_options():
-    """Arguments that only Liger understands, in a model without it."""
+        assert copies.copies == [] and {p.dtype for p in model.parameters()} == {torch.float32}
     assert fast.loss_options({"input_ids": torch.zeros(1, 4), "cu_seq_lens_q": None}) == {}
 
 
@@ -103,6 +89,15 @@ def test_torchs_norm_is_the_models(tiny_model):
     torch.testing.assert_close(tiny_model(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def trainer_of(kind: type, model, folder, layout: str, **arguments) -> AnswerTrainer:
+    """A trainer over 64 short rows that neither saves nor prints."""
+    quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "remove_unused_columns": False}
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}] * 64
+    args = TrainingArguments(str(folder), **quiet, **arguments)
+    collator = StepCollator(0, 64, layout)
+    return kind(model=model, args=args, train_dataset=Dataset.from_list(rows), data_collator=collator)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_on_a_gpu_the_optimizer_skips_a_bad_step(tuned, tmp_path, poison):
@@ -111,34 +106,20 @@ def test_on_a_gpu_the_optimizer_skips_a_bad_step(tuned, tmp_path, poison):
     weight = next(p for n, p in tuned.named_parameters() if "lora_B" in n)
 
     class Poisoned(AnswerTrainer):
-        def training_step(self, model, inputs, num_items_in_batch=None):
+        def training_step(self, *args):
             step = self.state.global_step
             seen[step] = weight.detach().clone()
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(*args)
             if step == 3 and poison == "gradient":
                 weight.grad[0] = float("inf")
             return loss
 
-        def loss_sum(self, model, micro_batch):
-            loss = super().loss_sum(model, micro_batch)
-            return loss * (float("nan") if self.state.global_step == 3 and poison == "loss" else 1.0)
+        def loss_sum(self, *args):
+            bad = self.state.global_step == 3 and poison == "loss"
+            return super().loss_sum(*args) * (float("nan") if bad else 1.0)
 
-    trainer = Poisoned(
-        model=tuned,
-        args=TrainingArguments(
-            str(tmp_path),
-            per_device_train_batch_size=4,
-            max_steps=12,
-            learning_rate=1e-2,
-            logging_steps=10,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-        ),
-        train_dataset=Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}] * 64),
-        data_collator=StepCollator(0, 64, "padded"),
-    )
+    options = {"per_device_train_batch_size": 4, "max_steps": 12, "learning_rate": 1e-2, "logging_steps": 10}
+    trainer = trainer_of(Poisoned, tuned, tmp_path, "padded", **options)
     with pytest.raises(WorkshopError, match="at step 10: lower learning_rate"):
         trainer.train()
     assert torch.equal(seen[3], seen[4]) and not torch.equal(seen[2], seen[3])
@@ -153,26 +134,18 @@ def test_nothing_in_a_step_waits_for_the_gpu(tuned, tmp_path):
     """
 
     class Watched(AnswerTrainer):
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            if self.state.global_step != 3:
-                return super().training_step(model, inputs, num_items_in_batch)
-            torch.cuda.set_sync_debug_mode("error")
+        def training_step(self, *args):
+            if self.state.global_step == 3:
+                torch.cuda.set_sync_debug_mode("error")
             try:
-                loss = super().training_step(model, inputs, num_items_in_batch)
-                norm = self._clip_grad_norm(model)
-                self._get_grad_norm(model, norm)
+                loss = super().training_step(*args)
+                norm = self._clip_grad_norm(self.model)
+                self._get_grad_norm(self.model, norm)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             return loss
 
     tuned.set_attn_implementation(fast.attention_implementation("packed", "cuda"))
-    arguments = {"max_steps": 5, "logging_steps": 5, "save_strategy": "no", "report_to": "none"}
-    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}] * 64
-    trainer = Watched(
-        model=tuned,
-        args=TrainingArguments(str(tmp_path), remove_unused_columns=False, disable_tqdm=True, **arguments),
-        train_dataset=Dataset.from_list(rows),
-        data_collator=StepCollator(0, 64, "packed"),
-    )
+    trainer = trainer_of(Watched, tuned, tmp_path, "packed", max_steps=5, logging_steps=5)
     trainer.train()
     assert trainer.state.global_step == 5

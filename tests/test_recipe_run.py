@@ -60,7 +60,7 @@ def class_of_the_recipe(place):
 
 
 def panel(title: str) -> LivePanel:
-    return LivePanel([], lambda questions: [], 0, title, live=False)
+    return LivePanel([], lambda questions: [], 0, title)
 
 
 def behind(place, name: str, processes: int, *more: str) -> list[str]:

@@ -15,9 +15,7 @@ from fiqa_helpers import __main__ as cli
 from fiqa_helpers.base import WorkshopError, Workspace
 
 PARAMETERS = 'profile: str = "auto"  # a\noverrides: str = ""  # b\nworkdir: str = ""  # c\n'
-SENTENCE = (
-    "from fiqa_helpers.base import WorkshopError, install_notebook_handler\ninstall_notebook_handler()\n"
-)
+SENTENCE = "from fiqa_helpers.base import WorkshopError\n"
 
 
 def write_notebook(path: Path, *sources: str, parameters: str = PARAMETERS) -> Path:

@@ -5,7 +5,6 @@ once; each job is a forked process; its process id and exit status are printed. 
 two bytes what the process is doing at which step, so that a kill can be aimed and what it hit be proven.
 """
 
-import contextlib
 import json
 import mmap
 import os
@@ -14,43 +13,41 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 TRAINING, EVALUATING, SAMPLING, SAVING = b"TESC"
 PHASES = {TRAINING: "training", EVALUATING: "evaluating", SAMPLING: "sampling", SAVING: "saving"}
 
 
-@contextlib.contextmanager
-def memory_limit(megabytes_more: int | None):
-    """Let this process take so much more memory inside the block; None: any."""
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    if megabytes_more is not None:
-        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + megabytes_more * 2**20, most))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+def shared(path: str | Path) -> mmap.mmap:
+    """The two bytes of `phase`, seen by both processes."""
+    with open(path, "r+b") as file:
+        return mmap.mmap(file.fileno(), 2)
 
 
-def train(job: dict, prepared: dict) -> None:
+def limit_memory(megabytes_more: int) -> None:
+    """Let this process take only so much more memory."""
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (now + megabytes_more * 2**20, most))
+
+
+def train(job: dict, tokenizer, splits) -> None:
     """One run, as notebook 04 does it: begin or resume, train, evaluate, sample, save the adapter."""
     import torch
     from peft import get_peft_model
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers import TrainerCallback, TrainingArguments, set_seed
-    from transformers.integrations import TensorBoardCallback
+    from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
     from fiqa_helpers import data, model, profiles
     from fiqa_helpers.base import Workspace
     from fiqa_helpers.generate import generate_answers
     from fiqa_helpers.machinery import checkpoints
-    from fiqa_helpers.machinery.live import LivePanel, remove_progress_callbacks
+    from fiqa_helpers.machinery.live import LivePanel
     from fiqa_helpers.rows import StepCollator, encode_rows
     from fiqa_helpers.trainer import AnswerTrainer
 
-    with open(job["phase"], "r+b") as file:
-        phase = mmap.mmap(file.fileno(), 2)
+    phase = shared(job["phase"])
 
     class Announcing(AnswerTrainer):
         def _save_checkpoint(self, *args):
@@ -59,8 +56,16 @@ def train(job: dict, prepared: dict) -> None:
             phase[0] = TRAINING
 
         def training_step(self, *args):
-            with memory_limit(job.get("megabytes_more")):
-                return super().training_step(*args)
+            if "megabytes_more" in job:
+                limit_memory(job["megabytes_more"])
+            return super().training_step(*args)
+
+    class Phases(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            phase[0], phase[1] = TRAINING, state.global_step
+
+        def on_prediction_step(self, args, state, control, **kwargs):
+            phase[0] = EVALUATING
 
     vouch = checkpoints.write_manifest
 
@@ -71,46 +76,30 @@ def train(job: dict, prepared: dict) -> None:
         vouch(folder)
 
     checkpoints.write_manifest = die_before  # in this forked process only
-
-    class Phases(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            phase[0], phase[1] = TRAINING, state.global_step
-
-        def on_prediction_step(self, args, state, control, **kwargs):
-            phase[0] = EVALUATING
-
     torch.set_num_threads(1)
-    profile, workspace = profiles.load_profile("tiny", job.get("overrides", "")), Workspace(job["workdir"])
-    tokenizer, splits = prepared["tokenizer"], prepared["splits"]
+    profile, workspace = profiles.load_profile("tiny", job["overrides"]), Workspace(job["workdir"])
     rows = {"train": splits["train"].select(range(profile.train_rows)), "validation": splits["validation"]}
     encoded = {split: encode_rows(part, tokenizer, profile) for split, part in rows.items()}
     run = checkpoints.open_run(workspace, profile, {s: data.fingerprint(part) for s, part in rows.items()})
-    if run.final_card:
-        print("finished before")
-        return
     print(f"resuming from {run.resume_from and run.resume_from.name}")
     set_seed(profile.seed)
     tuned = get_peft_model(model.load_base(profile), model.lora_config(profile))
 
     def answer(questions):
         phase[0] = SAMPLING
-        answers = generate_answers(
-            tuned, tokenizer, questions, max_new_tokens=profile.max_new_tokens, temperature=1.0
-        )
+        longest = profile.max_new_tokens
+        answers = generate_answers(tuned, tokenizer, questions, max_new_tokens=longest, temperature=1.0)
         phase[0] = TRAINING
         return answers
 
-    writer = SummaryWriter(workspace.logs / "train", flush_secs=job.get("flush_seconds", 120))
     png = workspace.plots / "04_training.png"
     panel = LivePanel(splits["test"]["question"][:2], answer, profile.sample_steps, png=png)
     arguments = TrainingArguments(
         output_dir=str(run.folder),
         per_device_train_batch_size=profile.batch_size,
-        per_device_eval_batch_size=8,
         num_train_epochs=profile.epochs,
         max_steps=profile.max_steps,
         learning_rate=profile.learning_rate,
-        lr_scheduler_type="linear",
         warmup_steps=profile.warmup_ratio,
         eval_strategy="steps",
         eval_steps=profile.eval_steps,
@@ -120,7 +109,7 @@ def train(job: dict, prepared: dict) -> None:
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        logging_steps=job.get("logging_steps", 1),
+        logging_steps=1,
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
         use_cpu=True,
@@ -134,29 +123,19 @@ def train(job: dict, prepared: dict) -> None:
         train_dataset=encoded["train"],
         eval_dataset=encoded["validation"],
         data_collator=StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout),
-        callbacks=[Phases(), panel, TensorBoardCallback(writer)],
+        callbacks=[Phases(), panel],
     )
-    remove_progress_callbacks(trainer)
+    trainer.remove_callback(PrinterCallback)
     with panel:
         trainer.train(resume_from_checkpoint=run.resume_from)
-    checkpoints.save_final(
-        tuned,
-        tokenizer,
-        workspace.final_model,
-        definition=run.definition,
-        finished=panel.stopped is None,
-        history=trainer.state.log_history,
-        samples=panel.samples,
-        best=Path(trainer.state.best_model_checkpoint or "none").name,
-    )
-    print("finished")
+    card = {"history": trainer.state.log_history, "samples": panel.samples}
+    card["best"] = Path(trainer.state.best_model_checkpoint or "none").name
+    card |= {"definition": run.definition, "finished": panel.stopped is None}
+    checkpoints.save_final(tuned, tokenizer, workspace.final_model, **card)
 
 
 def serve() -> None:
     """Prepare once, then fork a process for each job on stdin."""
-    import torch  # noqa: F401
-    from peft import get_peft_model  # noqa: F401
-
     from fiqa_helpers import data, model, profiles, run, trainer  # noqa: F401
     from fiqa_helpers.machinery import live  # noqa: F401
 
@@ -164,7 +143,6 @@ def serve() -> None:
     tokenizer = model.load_tokenizer(profiles.load_profile("tiny"))
     splits = data.load_with_report("packaged")[0]
     splits["validation"] = splits["validation"].select(range(6))
-    prepared = {"tokenizer": tokenizer, "splits": splits}
     print("ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
@@ -175,7 +153,7 @@ def serve() -> None:
             os.dup2(log, 2)
             code = 1
             try:
-                train(job, prepared)
+                train(job, tokenizer, splits)
                 code = 0
             except BaseException as error:  # as a notebook shows it: name and sentence
                 print(f"{type(error).__name__}: {error}")
@@ -188,19 +166,23 @@ def serve() -> None:
 class Trainings:
     """The parent's side: start jobs, watch their phase, kill them."""
 
-    def __init__(self):
+    def __enter__(self) -> "Trainings":
         command = [sys.executable, __file__, "serve"]
         self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.server.stdout.readline() == "ready\n"
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.server.stdin.close()
+        self.server.wait(timeout=30)
 
     def start(self, workdir: Path, **job) -> int:
         """Start one training in `workdir`; returns its process id."""
         workdir.mkdir(parents=True, exist_ok=True)
-        self.phase_file, self.log = workdir / ".phase", workdir / ".log"
-        self.phase_file.write_bytes(bytes([TRAINING, 0]))
-        with open(self.phase_file, "r+b") as file:
-            self._phase = mmap.mmap(file.fileno(), 2)
-        job |= {"workdir": str(workdir), "phase": str(self.phase_file), "log": str(self.log)}
+        phase, self.log = workdir / ".phase", workdir / ".log"
+        phase.write_bytes(bytes([TRAINING, 0]))
+        self._phase = shared(phase)
+        job |= {"workdir": str(workdir), "phase": str(phase), "log": str(self.log)}
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         self.process = int(self.server.stdout.readline())
@@ -218,11 +200,14 @@ class Trainings:
         assert code == 0, said
         return said
 
-    def phase(self) -> str:
-        return PHASES[self._phase[0]]
+    def alive(self) -> bool:
+        return Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
-    def step(self) -> int:
-        return self._phase[1]
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        """Until something has happened while the training goes on."""
+        while not happened():
+            assert self.alive(), self.log.read_text()
+            time.sleep(0.001)
 
     def kill_in(
         self, workdir: Path, phase: str | None, delay: float, from_step: int = 0, **job
@@ -232,22 +217,12 @@ class Trainings:
         Returns the phase that was hit, or None when the training had ended before.
         """
         process = self.start(workdir, **job)
-        while phase and not (self.phase() == phase and self.step() >= from_step) and self.alive(process):
+        while phase and self.alive() and (PHASES[self._phase[0]] != phase or self._phase[1] < from_step):
             time.sleep(0.0002)
         time.sleep(delay)
         os.kill(process, signal.SIGKILL)
-        hit = self.phase()
+        hit = PHASES[self._phase[0]]
         return hit if self.wait() == -signal.SIGKILL else None
-
-    def alive(self, process: int) -> bool:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-
-    def __enter__(self) -> "Trainings":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.server.stdin.close()
-        self.server.wait(timeout=30)
 
 
 def result(workdir: Path) -> dict:

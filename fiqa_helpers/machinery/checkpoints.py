@@ -1,11 +1,12 @@
 """Checkpoints of a run: written whole, taken up again, and refused when they are another run's."""
 
 import contextlib
-import hashlib
 import json
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 from fiqa_helpers.base import WorkshopError, Workspace, digest, locked, read_card, write_card, write_json
@@ -18,7 +19,7 @@ PREFIX = "checkpoint-"
 SHOWN_ONLY = ("name", "title", "sample_steps", "max_new_tokens")  # settings that training does not depend on
 MEMORY_ONLY = {"tokens_per_batch", "gradient_checkpointing"}  # the same sums in other portions
 
-_locks, _taken = contextlib.ExitStack(), set()  # held until this process ends, however it ends
+_locks = contextlib.ExitStack()  # held until this process ends, however it ends
 
 # --- Whole or not.
 
@@ -58,8 +59,7 @@ def newest_complete(run: Path) -> Path | None:
     """The newest whole checkpoint. A kill leaves a half-written one, which is passed over and named."""
     for step in steps_of(run):
         folder = checkpoint_folder(run, step)
-        problem = fault(folder)
-        if problem is None:
+        if (problem := fault(folder)) is None:
             return folder
         print(f"{folder.name} is not used: {problem}.")
     return None
@@ -128,27 +128,23 @@ def open_run(
     return TrainingRun(folder, definition, newest_complete(folder), None)
 
 
+@cache  # a cell may be run twice in one kernel
 def take(folder: Path) -> None:
     """Keep other processes out of a run until this one ends.
 
     Raises:
         WorkshopError: another process has it.
     """
-    path = folder.with_name(f".{folder.name}.lock")
-    if path in _taken:  # a cell is run twice in one kernel
-        return
     busy = f"Another process trains in {folder}: shut down its kernel, or set workdir to another folder."
-    _locks.enter_context(locked(path, busy))
-    _taken.add(path)
+    _locks.enter_context(locked(folder.with_name(f".{folder.name}.lock"), busy))
 
 
 def define(profile: Profile, rows: dict[str, str]) -> dict:
     """What makes two runs the same one: everything that decides what is computed, as plain JSON values."""
     settings = {key: value for key, value in asdict(profile).items() if key not in SHOWN_ONLY}
     settings |= {f"{split}_sha256": fingerprint for split, fingerprint in rows.items()}
-    settings["prompt_sha256"] = hashlib.sha256(SYSTEM_TEXT.encode()).hexdigest()
-    settings["model_files"] = model_files(profile)
-    return json.loads(json.dumps(settings))
+    settings["prompt_sha256"] = sha256(SYSTEM_TEXT.encode()).hexdigest()
+    return json.loads(json.dumps(settings | {"model_files": model_files(profile)}))
 
 
 def refuse_other(folder: Path, definition: dict) -> None:
@@ -188,9 +184,9 @@ def save_final(model, tokenizer, folder: Path, **card: object) -> dict:
 
 def set_aside(path: Path) -> None:
     """Move `path`, if it is there, to `earlier` beside it under a name with the time; nothing is deleted."""
-    if not path.exists():
-        return
-    target = path.parent / "earlier" / f"{path.name}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1000}"
-    target.parent.mkdir(exist_ok=True)
-    path.rename(target)
-    print(f"The earlier {path.name} is kept as {target.relative_to(path.parent)}.")
+    if path.exists():
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 1000}"
+        target = path.parent / "earlier" / f"{path.name}-{now}"
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+        print(f"The earlier {path.name} is kept as {target.relative_to(path.parent)}.")

@@ -5,17 +5,15 @@ How it looks stands in live.html.j2 and live.css. Importing this module imports 
 
 import io
 import math
-import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 import jinja2
-import numpy
 import pandas
 import psutil
 import torch
@@ -27,7 +25,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from fiqa_helpers.base import WorkshopError, is_interactive, say
+from fiqa_helpers.base import WorkshopError, is_interactive
 from fiqa_helpers.show import Picture, answer_clicks_while_busy, escape, printable, show_line
 
 HERE = Path(__file__).parent
@@ -40,7 +38,7 @@ WAS_AWAY = "The page was reloaded meanwhile: Run All Cells fills in the rest, no
 
 
 class StopTraining(KeyboardInterrupt):
-    """Stop was pressed in a sample or an evaluation, or twice in a step: raised at the next forward pass."""
+    """Stop was pressed in a sample or an evaluation: raised at the next forward pass."""
 
 
 class LivePanel(TrainerCallback, ExportableState):
@@ -59,7 +57,6 @@ class LivePanel(TrainerCallback, ExportableState):
             `.stopped` (did it end by itself).
         sample_steps: sample every so many optimizer steps and after the last; 0: only the untuned model.
         png: where to save the picture.
-        live: draw in the notebook while it runs; None: when a person is there.
     """
 
     def __init__(
@@ -69,23 +66,21 @@ class LivePanel(TrainerCallback, ExportableState):
         sample_steps: int,
         title: str = "Training",
         png: Path | None = None,
-        live: bool | None = None,
     ):
         self.questions, self.answer, self.sample_steps = list(questions), answer, sample_steps
-        self.title, self.png = title, png
-        self.live = is_interactive() if live is None else live
+        self.title, self.png, self.live = title, png, is_interactive()
+        self.memory_of = "GPU memory, reserved" if torch.cuda.is_available() else "Memory, this process"
         self.history: list[dict] = []  # a dict per step: "step", "memory_gib" and those of LOGGED that came
         self.samples: list[dict] = []  # "step" (0: the untuned model), "texts", "stopped"
         self.step = self.total = self.resumed_at = 0
         self.stopped: str | None = None  # "Stop button" or "interrupted"
         self.failed: str | None = None  # the exception's name
         self.note, self.phase = "", "starting"
-        self.stop, self.stop_now, self.sample_now = threading.Event(), threading.Event(), threading.Event()
+        self.stop, self.sample_now = threading.Event(), threading.Event()
         self.earlier_seconds = 0.0  # of the run before it was resumed
-        self.opened, self.closed = time.perf_counter(), None
-        self.drawing_seconds = self.picture_seconds = 0.0  # while it runs, and for the last picture
-        self._loop = self._step_began = self.opened
-        self._next_drawing, self._hook = 0.0, None
+        self.opened = self._loop = time.perf_counter()
+        self.closed: float | None = None
+        self.drawing_seconds = self._next_drawing = 0.0
 
     def __enter__(self) -> "LivePanel":
         if self.closed is not None:  # the model in memory is no longer untuned, and the curve would be two
@@ -102,18 +97,14 @@ class LivePanel(TrainerCallback, ExportableState):
         # an impatient second press of the interrupt button must not spoil the first
         self._while_open.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN))
         with self._while_open:
-            if self._hook is not None:
-                self._hook.remove()
-            if interrupted:
-                self.stopped = self.stopped or "interrupted"
+            if interrupted or (self.stop.is_set() and self.step < self.total):
+                self.stopped = "Stop button" if self.stop.is_set() else "interrupted"
             elif kind is not None:
                 self.failed = kind.__name__
-            missing = ["sample"] if self.questions and len(self.samples) < 2 else []
-            if len(self.points("eval_loss")) < 2:
-                missing.append("evaluation")
-            if self.stopped and missing:  # what comes after the training compares the first with the last
-                words = " and no second ".join(missing)
-                self.note = f"there is no second {words} to compare with: run the notebook again to go on"
+            made = {"sample": self.samples, "evaluation": self.points("eval_loss")}
+            missing = " and no second ".join(name for name, several in made.items() if len(several) < 2)
+            if self.stopped and self.questions and missing:  # 04 compares the first with the last
+                self.note = f"there is no second {missing} to compare with: run the notebook again to go on"
             self.closed = time.perf_counter()
             self._close()
         return interrupted
@@ -122,10 +113,8 @@ class LivePanel(TrainerCallback, ExportableState):
     def outcome(self) -> str:
         """How it stands: "finished 12 steps", "stopped at step 7 of 12 (Stop button)"."""
         where = f"step {self.step} of {self.total}"
-        if self.failed:
-            return f"failed at {where} ({self.failed})"
-        if self.stopped:
-            return f"stopped at {where} ({self.stopped})"
+        if self.failed or self.stopped:
+            return f"{'failed' if self.failed else 'stopped'} at {where} ({self.failed or self.stopped})"
         return f"finished {self.step} steps" if self.closed else f"{self.phase}, {where}"
 
     @property
@@ -144,79 +133,65 @@ class LivePanel(TrainerCallback, ExportableState):
     # Trainer's events, in the order in which they come
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self._join(state)
-        self._hook = model.get_input_embeddings().register_forward_pre_hook(self._at_forward)
+        if state.global_step > 0:
+            self._restore(state.stateful_callbacks.get("LivePanel", {}).get("attributes", {}))
+        self.step, self.total, self.resumed_at = state.global_step, state.max_steps, state.global_step
+        state.stateful_callbacks["LivePanel"] = self.state()  # Trainer expects the entry when it saves
+        hook = model.get_input_embeddings().register_forward_pre_hook(self._at_forward)
+        self._while_open.callback(hook.remove)
         if not any(sample["step"] == 0 for sample in self.samples):
-            self._sample_untuned(model)
+            with model.disable_adapter():  # that of a resumed run is no longer untuned
+                self._sample(model, 0)
+            self.samples.sort(key=lambda sample: sample["step"])
+        if self.stop.is_set():  # there is no step yet after which Trainer could stop
+            raise StopTraining
         self._loop = time.perf_counter()
         self.show(TRAINING, force=True)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._step_began = time.perf_counter()
 
     def on_substep_end(self, args, state, control, **kwargs):
         self.show(TRAINING)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.step = state.global_step
-        self._note_down(memory_gib=self._memory())
+        on_gpu = torch.cuda.is_available()
+        used = torch.cuda.memory_reserved() if on_gpu else psutil.Process().memory_info().rss
+        self._note_down(memory_gib=used / 2**30)
         due = self.sample_steps > 0 and (self.step % self.sample_steps == 0 or self.step >= self.total)
         if (due or self.sample_now.is_set()) and not self.stop.is_set():
             self._sample(model, self.step)
-        self._obey(args, control)
+        if self.stop.is_set() and self.step < self.total:  # Trainer's own way to end, with a checkpoint
+            control.should_training_stop, control.should_evaluate = True, False
+            control.should_save = args.save_strategy != "no"
         self.show(EVALUATING if control.should_evaluate else TRAINING)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self._note_down(**{name: float(logs[name]) for name in LOGGED if name in logs})
-        self._obey(args, control)
         self.show(EVALUATING if control.should_evaluate else TRAINING, force="eval_loss" in logs)
 
     def on_prediction_step(self, args, state, control, **kwargs):
         self.show(EVALUATING)
 
-    def on_save(self, args, state, control, **kwargs):
-        self._obey(args, control, saved=True)
-        self.show(TRAINING)
-
     def _sample(self, model, step: int) -> None:
         """Ask the model in memory; a sample that fails is noted, it doesn't end the training."""
         self.show(SAMPLING, force=True)
         try:
-            with undisturbed(model):
+            with torch.random.fork_rng(), torch.no_grad():  # the training goes on bitwise as it would have
+                model.eval()
                 answers = self.answer(self.questions)
             texts, ended = [str(a.text) for a in answers], [bool(a.stopped) for a in answers]
             self.samples.append({"step": step, "texts": texts, "stopped": ended})
         except StopTraining:
             self.note = f"the sample at step {step} was broken off by Stop"
-            return
         except Exception as error:
             self.note = f"sampling failed at step {step} ({type(error).__name__}: {error})"
-            return
         finally:
+            model.train()
             self.sample_now.clear()
         self.show(TRAINING, force=True)
 
-    def _sample_untuned(self, model) -> None:
-        """The untuned model's answers: a fresh LoRA adapter adds nothing, a resumed one is switched off."""
-        with model.disable_adapter() if self.step else ExitStack():
-            self._sample(model, 0)
-        self.samples.sort(key=lambda sample: sample["step"])
-        if self.stop.is_set():  # there is no step yet after which Trainer could stop
-            raise StopTraining
-
-    def _obey(self, args, control, saved: bool = False) -> None:
-        """Turn a pressed Stop button into Trainer's own way of ending: after this step, with a checkpoint."""
-        if not self.stop.is_set() or self.step >= self.total:
-            return
-        self.stopped = "Stop button"
-        control.should_training_stop = True
-        control.should_evaluate = False
-        control.should_save = not saved and args.save_strategy != "no"
-
     def _at_forward(self, module, inputs) -> None:
-        """Before each forward pass: end a sample or an evaluation at once, a step at the second press."""
-        if self.stop_now.is_set() or (self.stop.is_set() and not module.training):
-            self.stopped = "Stop button"
+        """Before each forward pass: Stop ends a sample or an evaluation at once, a step is finished."""
+        if self.stop.is_set() and not module.training:
             raise StopTraining
 
     # What it remembers, and what travels in the checkpoints. (Trainer's own way to restore callbacks would
@@ -237,25 +212,11 @@ class LivePanel(TrainerCallback, ExportableState):
         self.history, self.samples = list(kept.get("history", [])), list(kept.get("samples", []))
         self.earlier_seconds = kept.get("seconds", 0.0)
 
-    def _join(self, state) -> None:
-        """Take over a training that begins or goes on, from a checkpoint with a record or without one."""
-        if state.global_step > 0:
-            self._restore(state.stateful_callbacks.get("LivePanel", {}).get("attributes", {}))
-        self.step, self.total, self.resumed_at = state.global_step, state.max_steps, state.global_step
-        state.stateful_callbacks["LivePanel"] = self.state()  # Trainer expects the entry when it saves
-
     def _note_down(self, **values: float) -> None:
         """Add figures to this step's line of the history."""
-        if values and (not self.history or self.history[-1]["step"] != self.step):
+        if not self.history or self.history[-1]["step"] != self.step:
             self.history.append({"step": self.step})
-        if values:
-            self.history[-1].update(values)
-
-    def _memory(self) -> float:
-        """GiB that are reserved on the GPU if there is one, else those of this process."""
-        if torch.cuda.is_available():
-            return torch.cuda.memory_reserved() / 2**30
-        return psutil.Process().memory_info().rss / 2**30
+        self.history[-1].update(values)
 
     # Plain values for the template and the picture
 
@@ -268,48 +229,24 @@ class LivePanel(TrainerCallback, ExportableState):
         """The (step, value) pairs of one column of the history."""
         return [(row["step"], row[name]) for row in self.history if name in row]
 
-    def finite(self, name: str) -> list[tuple[int, float]]:
-        return [point for point in self.points(name) if math.isfinite(point[1])]
-
-    def before_and_after(self) -> tuple[dict | None, dict | None]:
-        """The untuned model's sample and the latest one."""
-        untuned = next((sample for sample in self.samples if sample["step"] == 0), None)
-        return untuned, next((sample for sample in reversed(self.samples) if sample["step"] > 0), None)
-
-    @property
-    def pace(self) -> float:
-        """Seconds a step, with its share of samples and evaluations; 0.0 while that is unknown."""
-        done = self.step - self.resumed_at
-        return (time.perf_counter() - self._loop) / done if done > 0 and not self.closed else 0.0
-
-    @property
-    def since(self) -> float:
-        """Seconds since this step began."""
-        return time.perf_counter() - self._step_began
-
     @property
     def clock(self) -> str:
         """Time so far, and how long it will take at this pace."""
-        so_far, left = map(tqdm.format_interval, (self.seconds, self.pace * (self.total - self.step)))
-        if self.closed:
-            return so_far
-        return f"{so_far} so far, about {left} left" if self.pace else f"{so_far} so far"
-
-    @property
-    def memory_of(self) -> str:
-        """What `memory_gib` in the history is."""
-        return "GPU memory, reserved" if torch.cuda.is_available() else "Memory, this process"
+        so_far, done = tqdm.format_interval(self.seconds), self.step - self.resumed_at
+        if self.closed or done <= 0:
+            return so_far if self.closed else f"{so_far} so far"
+        left = (time.perf_counter() - self._loop) / done * (self.total - self.step)
+        return f"{so_far} so far, about {tqdm.format_interval(left)} left"
 
     def chart(self, width: int, *columns: str) -> "Chart":
         """The frame of a chart for these columns of the history."""
-        return Chart(width, self.total, [value for name in columns for _, value in self.finite(name)])
+        values = [value for name in columns for _, value in self.points(name) if math.isfinite(value)]
+        return Chart(width, self.total, values)
 
     def smoothed(self) -> list[tuple[int, float]]:
         """Training loss as a moving average over a sixth of the run, without the pull of its start."""
-        points = self.finite("loss")
-        values = pandas.Series([value for _, value in points], dtype=float)
-        averages = values.ewm(span=max(4, min(50, self.total / 6))).mean()
-        return [(step, average) for (step, _), average in zip(points, averages, strict=True)]
+        losses = pandas.Series(dict(self.points("loss")), dtype=float).replace(math.inf, math.nan)
+        return list(losses.ewm(span=max(4, min(50, self.total / 6))).mean().items())
 
     # Where it is seen: a cell of JupyterLab with two buttons, or a terminal's line
 
@@ -319,15 +256,15 @@ class LivePanel(TrainerCallback, ExportableState):
         began, work = time.perf_counter(), time.thread_time()
         if began < self._next_drawing and not (force and self.live):
             return
-        if not self.live:
+        if self.live:
+            self._draw()
+        else:
             show_line(self.summary)
-            self._next_drawing = began + SELDOM
-            return
-        self._draw()
         ended = time.perf_counter()
         self.drawing_seconds += ended - began
         # by processor time: on a busy machine the clock also counts waiting, and the panel would stand still
-        self._next_drawing = ended + min(max(EVERY, (time.thread_time() - work) / SHARE), SELDOM)
+        pause = max(EVERY, (time.thread_time() - work) / SHARE) if self.live else SELDOM
+        self._next_drawing = ended + min(pause, SELDOM)
 
     def _draw(self) -> None:
         pieces = template()
@@ -359,8 +296,8 @@ class LivePanel(TrainerCallback, ExportableState):
             answer_clicks_while_busy(button)
 
     def _press_stop(self, _) -> None:
-        (self.stop_now if self.stop.is_set() else self.stop).set()
-        self._stop_button.description = "Stopping ..." if self.stop_now.is_set() else "Stop at once"
+        self.stop.set()
+        self._stop_button.description = "Stopping ..."
 
     def _press_sample(self, _) -> None:
         self.sample_now.set()
@@ -372,7 +309,7 @@ class LivePanel(TrainerCallback, ExportableState):
         from IPython.display import display
 
         began, png = time.perf_counter(), draw_png(self)
-        self.picture_seconds = time.perf_counter() - began
+        self.drawing_seconds += time.perf_counter() - began
         shown = Picture(png, self.summary)
         if self.live:
             # first the picture, then the text for the panel: the page is never shorter, and so doesn't scroll
@@ -385,11 +322,9 @@ class LivePanel(TrainerCallback, ExportableState):
             print(self.summary)
             if get_ipython() is not None:
                 display(shown)
-        try:
+        with suppress(OSError):  # on a full disk the error that ended the training says more
             if self.png is not None:
                 Path(self.png).write_bytes(png)
-        except OSError as error:  # on a full disk the error that ended the training says more
-            say(f"The picture {self.png} could not be saved: {error.strerror}.")
 
 
 # The curves: SVG while it runs, one PNG at the end
@@ -451,10 +386,8 @@ def draw_png(panel: LivePanel) -> bytes:
         (left, panel.points("eval_loss"), "--D", {"clip_on": False, "color": ORANGE, "label": "validation"}),
         (right, panel.points("learning_rate"), "-", {"color": INK}),
     ):
-        if points:
-            axes.plot(*zip(*points, strict=True), look, **more)
-    if left.lines:
-        left.legend(frameon=False)
+        axes.plot([step for step, _ in points], [value for _, value in points], look, **more)
+    left.legend(frameon=False)
     for axes, title in ((left, "Loss, nats per answer token"), (right, "Learning rate")):
         axes.set_title(title, loc="left", fontsize=10)
         axes.set(xlim=(0, max(panel.total, 1) * 1.01), xlabel="optimizer step")
@@ -462,9 +395,8 @@ def draw_png(panel: LivePanel) -> bytes:
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(whole := io.BytesIO(), dpi=100)
     # it is kept in the notebook; MAXCOVERAGE keeps colours of few pixels, such as a marker's, apart
-    Image.open(whole).convert("RGB").quantize(
-        64, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
-    ).save(small := io.BytesIO(), "PNG", optimize=True)
+    picture = Image.open(whole).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE)
+    picture.save(small := io.BytesIO(), "PNG", optimize=True)
     return small.getvalue()
 
 
@@ -479,34 +411,6 @@ def template():
         lstrip_blocks=True,
     )
     return environment.get_template("live.html.j2").module
-
-
-# Watching a Trainer without changing what it does
-
-
-def remove_progress_callbacks(trainer) -> None:
-    """Take away the Trainer's progress bar, table and printed logs: the live panel shows all that."""
-    from transformers import PrinterCallback, ProgressCallback
-    from transformers.utils.notebook import NotebookProgressCallback
-
-    for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
-        trainer.remove_callback(callback)
-
-
-@contextmanager
-def undisturbed(model):
-    """Evaluation mode and own random states inside; afterwards training goes on bitwise as it would have."""
-    was_training = model.training
-    states = random.getstate(), numpy.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        model.train(was_training)
-        random.setstate(states[0])
-        numpy.random.set_state(states[1])
 
 
 # A page that is opened anew while the cell runs sends these on the shell channel. They would wait behind the

@@ -1,15 +1,15 @@
 """What this machine is and can run, and what a training run needs of a GPU's memory."""
 
 import json
+import math
 import os
 import platform
 import re
 import resource
 import shutil
 import sys
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib import resources
 from pathlib import Path
 
 # --- What this machine is.
@@ -43,16 +43,11 @@ def gpu() -> Gpu | None:
     except (RuntimeError, AssertionError) as error:  # no driver, an old one, a hidden or a busy card
         if not any(map(os.path.exists, devices)):
             return None
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        said = str(error).splitlines()[0]
+        said, hidden = str(error).splitlines()[0], os.environ.get("CUDA_VISIBLE_DEVICES")
         return Gpu(problem=f"{said} (torch {torch.__version__}, CUDA_VISIBLE_DEVICES {hidden!r})")
     card = torch.cuda.get_device_properties(0)
-    return Gpu(
-        name=card.name,
-        total_gib=total / GIB,
-        free_gib=free / GIB,
-        problem="" if card.major >= 8 else "it does not compute in bf16",
-    )
+    problem = "" if card.major >= 8 else "it does not compute in bf16"
+    return Gpu(card.name, total / GIB, free / GIB, problem)
 
 
 def cpu_cores() -> int:
@@ -121,33 +116,9 @@ LOGITS_CHUNK = 8  # of the loss, for fast.py too: a chunk's logits take 8 times 
 OVERHEAD = 0.5 * GIB
 
 
-@dataclass(frozen=True)
-class Ledger:
-    """Bytes at the peak of a step, line by line."""
-
-    weights: float  # frozen, bf16
-    adapters: float  # fp32, and their bf16 copies of the forward pass
-    gradients: float  # the same twice
-    optimizer: float  # Adam's two averages, fp32
-    activations: float  # kept between forward and backward pass
-    workspace: float  # one layer's recomputation and gradients, logits of a chunk
-    overhead: float
-
-    @property
-    def total(self) -> float:
-        """Bytes."""
-        return sum(astuple(self))
-
-    def gib(self) -> dict[str, float]:
-        """Every line and the total, in GiB."""
-        lines = asdict(self) | {"total": self.total}
-        return {name: size / GIB for name, size in lines.items()}
-
-
 def nemotron_config() -> dict:
     """The 8B model's configuration (the JSON of this package), as a plain dictionary."""
-    text = resources.files("fiqa_helpers").joinpath("nemotron_8b_config.json").read_text(encoding="utf-8")
-    return json.loads(text)
+    return json.loads(_read(Path(__file__).parent.parent / "nemotron_8b_config.json"))
 
 
 def config_of(profile) -> dict | None:
@@ -158,84 +129,76 @@ def config_of(profile) -> dict | None:
     return config if {"num_key_value_heads", "intermediate_size"} <= config.keys() else None
 
 
+def linear_layers(config: dict) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of each linear layer in one block of a Llama with this configuration."""
+    hidden, middle = config["hidden_size"], config["intermediate_size"]
+    head = config.get("head_dim") or hidden // config["num_attention_heads"]
+    query, key = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    attention = {"q_proj": (hidden, query), "k_proj": (hidden, key), "v_proj": (hidden, key)}
+    mlp = {"gate_proj": (hidden, middle), "up_proj": (hidden, middle), "down_proj": (middle, hidden)}
+    return attention | {"o_proj": (query, hidden)} | mlp
+
+
 def base_parameters(config: dict) -> int:
     """Parameters of a Llama with this configuration."""
-    hidden, middle = config["hidden_size"], config["intermediate_size"]
-    attention = 2 * hidden * _query(config) + 2 * hidden * _key(config)
-    layer = attention + 3 * hidden * middle + 2 * hidden
+    hidden = config["hidden_size"]
+    block = sum(map(math.prod, linear_layers(config).values())) + 2 * hidden  # two norms
     embeddings = config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    return config["num_hidden_layers"] * layer + embeddings + hidden
+    return config["num_hidden_layers"] * block + embeddings + hidden
 
 
 def lora_parameters(config: dict, rank: int, targets: tuple[str, ...]) -> int:
-    """Trainable parameters of LoRA on `targets` of every layer: rank x (inputs + outputs) each."""
-    hidden, middle = config["hidden_size"], config["intermediate_size"]
-    sizes = {
-        "q_proj": hidden + _query(config),
-        "k_proj": hidden + _key(config),
-        "v_proj": hidden + _key(config),
-        "o_proj": _query(config) + hidden,
-        "gate_proj": hidden + middle,
-        "up_proj": hidden + middle,
-        "down_proj": middle + hidden,
-    }
-    return config["num_hidden_layers"] * rank * sum(sizes[name] for name in targets if name in sizes)
+    """Trainable parameters of LoRA on `targets` of every block: rank x (inputs + outputs) each."""
+    sizes = linear_layers(config)
+    return config["num_hidden_layers"] * rank * sum(sum(sizes[name]) for name in targets)
 
 
-def predict_memory(profile, config: dict, tokens: int | None = None) -> Ledger:
-    """The ledger of a `Profile` on a model with this configuration, on a GPU.
+def predict_memory(profile, config: dict, tokens: int | None = None) -> dict[str, float]:
+    """GiB of a GPU at the peak of a step, line by line and in `total`: the memory ledger of a `Profile`.
 
-    `tokens` of the largest forward pass; without it the profile's budget, `tokens_per_batch`.
+    `config` is the model's; `tokens` those of the largest forward pass, without it the profile's budget,
+    `tokens_per_batch`.
     """
     tokens = tokens or profile.tokens_per_batch
     hidden, middle, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    query, key = (linear_layers(config)[name][1] for name in ("q_proj", "k_proj"))
     weight = BF16 if profile.dtype == "bfloat16" else FP32
     trainable = lora_parameters(config, profile.lora_rank, profile.lora_targets)
     # Kept of a layer for each token: its input and the normed input, queries, keys and values, attention's
     # output, the sum after attention, and the MLP's gate and up projections.
-    layer = weight * (3 * hidden + 2 * _query(config) + 2 * _key(config) + 2 * middle) * tokens
+    layer = weight * (3 * hidden + 2 * query + 2 * key + 2 * middle) * tokens
     inputs = weight * hidden * tokens  # all that checkpointing keeps of a layer
     backward = weight * (2 * middle + 4 * hidden) * tokens  # gradients on their way through one layer
     logits = LOGITS_CHUNK * weight * hidden * tokens
     kept = layers * (inputs if profile.gradient_checkpointing else layer)
-    return Ledger(
-        weights=weight * base_parameters(config),
-        adapters=(FP32 + weight) * trainable,
-        gradients=(FP32 + weight) * trainable,
-        optimizer=2 * FP32 * trainable,
-        activations=kept + 2 * inputs,  # and what the loss keeps: hidden states and their gradient
-        workspace=max(backward + (layer if profile.gradient_checkpointing else 0), logits),
-        overhead=OVERHEAD,
-    )
+    ledger = {
+        "weights": weight * base_parameters(config),  # frozen
+        "adapters": (FP32 + weight) * trainable,  # fp32, and their bf16 copies of the forward pass
+        "gradients": (FP32 + weight) * trainable,  # the same
+        "optimizer": 2 * FP32 * trainable,  # Adam's two averages
+        "activations": kept + 2 * inputs,  # also what the loss keeps: hidden states and their gradient
+        "workspace": max(backward + (layer if profile.gradient_checkpointing else 0), logits),
+        "overhead": OVERHEAD,
+    }
+    ledger["total"] = sum(ledger.values())
+    return {line: size / GIB for line, size in ledger.items()}
 
 
 def memory_advice(profile, config: dict, free: float) -> str:
-    """What to change in a `Profile` so that the run fits into `free` bytes; empty when it does.
+    """What to change in a `Profile` so that the run fits into `free` GiB; empty when it does.
 
     Tries, in this order, what costs least time: gradient checkpointing, then a smaller token budget.
     """
-    needed = predict_memory(profile, config).total
+    needed = predict_memory(profile, config)["total"]
     if needed <= free:
         return ""
-    begin = f"the run needs about {needed / GIB:.0f} GiB and {free / GIB:.0f} are free"
+    begin = f"the run needs about {needed:.0f} GiB and {free:.0f} are free"
     budget = profile.tokens_per_batch
+    also = [] if profile.gradient_checkpointing else ["gradient_checkpointing: true"]
     while budget >= profile.max_length:
         tried = replace(profile, gradient_checkpointing=True, tokens_per_batch=budget)
-        if predict_memory(tried, config).total <= free:
-            also = "" if profile.gradient_checkpointing else "gradient_checkpointing: true"
-            less = "" if budget == profile.tokens_per_batch else f"tokens_per_batch: {budget}"
-            return f"{begin}: set {' and '.join(filter(None, (also, less)))} in overrides"
+        if predict_memory(tried, config)["total"] <= free:
+            less = [] if budget == profile.tokens_per_batch else [f"tokens_per_batch: {budget}"]
+            return f"{begin}: set {' and '.join(also + less)} in overrides"
         budget //= 2
     return f"{begin}, less than any setting needs: use a larger card, a smaller model or profile laptop"
-
-
-def _query(config: dict) -> int:
-    return config["num_attention_heads"] * _head(config)
-
-
-def _key(config: dict) -> int:
-    return config["num_key_value_heads"] * _head(config)
-
-
-def _head(config: dict) -> int:
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

@@ -18,21 +18,8 @@ import time
 import urllib.request
 from pathlib import Path
 
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-background-networking",
-    "--no-first-run",
-]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 SHOTS = Path(__file__).resolve().parents[2] / "outputs" / "screenshots"
-
-
-def chromium() -> str | None:
-    """Chromium's path: $CHROMIUM, else what the system has; None without one."""
-    return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-
-
 READY = """async () => {
   const app = window.jupyterapp; await app.restored;
   const tab = app.shell.currentWidget; await tab.context.ready; await tab.revealed;
@@ -45,79 +32,65 @@ RUN_ALL = """() => {
 DONE = """() => window.ran !== undefined
   && window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'"""
 CELLS = """() => [...window.jupyterapp.shell.currentWidget.content.model.cells].filter(c => c.type === 'code')
-  .map(c => ({id: c.id, count: c.executionCount, outputs: c.outputs.toJSON()}))"""
+  .map(c => ({id: c.id, source: c.sharedModel.getSource(), count: c.executionCount,
+    outputs: c.outputs.toJSON()}))"""
+SHUT_DOWN = "async () => await window.jupyterapp?.shell.currentWidget?.sessionContext?.shutdown()"
 
-SOURCES = """() => [...window.jupyterapp.shell.currentWidget.content.model.cells]
-  .map(c => ({id: c.id, source: c.sharedModel.getSource()}))"""
+
+def chromium() -> str | None:
+    """Chromium's path: $CHROMIUM, else what the system has; None without one."""
+    return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @contextlib.contextmanager
-def jupyterlab(folder: Path, theme: str = "JupyterLab Light", seconds: float = 120):
+def server(command: list[str], url: str, folder: Path, environment: dict, log_file: Path):
+    """A JupyterLab in a process group of its own, from when `url` answers to the end of the block."""
+    with open(log_file, "w") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            end = time.monotonic() + 120
+            while True:
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(url, timeout=5).close()
+                    break
+                late = process.poll() is not None or time.monotonic() > end
+                assert not late, f"JupyterLab did not start:\n{log_file.read_text()[-3000:]}"
+                time.sleep(0.2)
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # it never came up
+                os.killpg(process.pid, signal.SIGTERM)  # the server ends its kernels too
+            process.wait(60)
+
+
+@contextlib.contextmanager
+def jupyterlab(folder: Path, theme: str = "JupyterLab Light"):
     """Serve `folder`; gives address and token. Everything the server writes is in a temporary home."""
     with tempfile.TemporaryDirectory(prefix="jupyterlab-", ignore_cleanup_errors=True) as home:
-        _settings(
-            home, "notification", {"fetchNews": "false", "checkForUpdates": False}
-        )  # no pop-up, no network
-        _settings(home, "themes", {"theme": theme})
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        token, address = secrets.token_hex(16), f"http://127.0.0.1:{port}"
-        command = [
-            *(
-                sys.executable,
-                "-m",
-                "jupyterlab",
-                "--no-browser",
-                "--allow-root",
-                "--ip=127.0.0.1",
-                f"--port={port}",
-            ),
-            *(
-                "--ServerApp.port_retries=0",
-                f"--IdentityProvider.token={token}",
-                f"--ServerApp.root_dir={folder}",
-            ),
-            "--LabApp.expose_app_in_browser=True",
-        ]
-        with open(f"{home}/server.log", "w+") as log:
-            server = subprocess.Popen(
-                command, env=_environment(home), stdout=log, stderr=log, start_new_session=True
-            )
-            try:
-                _await(server, f"{address}/api/status?token={token}", seconds, log)
-                yield address, token
-            finally:
-                server.send_signal(signal.SIGTERM)  # it ends its kernels too
-                try:
-                    server.wait(30)
-                except subprocess.TimeoutExpired:
-                    server.kill()
-
-
-def _environment(home: str) -> dict:
-    own = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "run",
-           "IPYTHONDIR": "ipython", "JUPYTERLAB_SETTINGS_DIR": "settings",
-           "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}  # fmt: skip
-    return {**os.environ, **{name: f"{home}/{folder}" for name, folder in own.items()}}
-
-
-def _settings(home: str, plugin: str, values: dict) -> None:
-    path = Path(home, f"settings/@jupyterlab/apputils-extension/{plugin}.jupyterlab-settings")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values), encoding="utf-8")
-
-
-def _await(server: subprocess.Popen, url: str, seconds: float, log) -> None:
-    end = time.monotonic() + seconds
-    while True:
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        if server.poll() is not None or time.monotonic() > end:
-            log.seek(0)
-            raise RuntimeError(f"JupyterLab did not start:\n{log.read()[-3000:]}")
-        time.sleep(0.2)
+        quiet = {"fetchNews": "false", "checkForUpdates": False}  # no pop-up, no network
+        for plugin, values in {"notification": quiet, "themes": {"theme": theme}}.items():
+            path = Path(home, f"settings/@jupyterlab/apputils-extension/{plugin}.jupyterlab-settings")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(values), encoding="utf-8")
+        own = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+        own = {name: f"{home}/{name}" for name in (*own, "JUPYTERLAB_WORKSPACES_DIR")}
+        own["JUPYTERLAB_SETTINGS_DIR"] = f"{home}/settings"
+        token, port = secrets.token_hex(16), free_port()
+        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1"]
+        command += [f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"]
+        command += [f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"]
+        address = f"http://127.0.0.1:{port}"
+        status = f"{address}/api/status?token={token}"
+        with server(command, status, folder, os.environ | own, Path(home, "server.log")):
+            yield address, token
 
 
 class Notebook:
@@ -127,7 +100,7 @@ class Notebook:
         self.page, self.name = page, name
         page.goto(f"{address}/lab/tree/{name}?token={token}&reset")
         page.wait_for_selector(".jp-NotebookPanel .jp-Notebook", timeout=120_000)
-        page.evaluate(READY)
+        self.wait_for_kernel()
         self.command("application:toggle-left-area")  # the file list, in the way of the screenshots
 
     def command(self, name: str, wait: bool = True) -> None:
@@ -135,22 +108,21 @@ class Notebook:
         go = f"window.jupyterapp.commands.execute('{name}')"
         self.page.evaluate(f"async () => {{ await {go} }}" if wait else f"() => {{ {go} }}")
 
-    def run_all(self) -> None:
-        """Start Run All; `wait_until_done` waits for it."""
+    def wait_for_kernel(self) -> None:
+        self.page.evaluate(READY)
+
+    def run_all(self, seconds: float = 0) -> None:
+        """Start Run All, and wait for its end if `seconds` are given."""
         self.page.evaluate(RUN_ALL)
+        if seconds:
+            self.wait_until_done(seconds)
 
     def wait_until_done(self, seconds: float) -> None:
         self.page.wait_for_function(DONE, timeout=1000 * seconds)
 
-    def wait_for_kernel(self) -> None:
-        """After a restart."""
-        self.page.evaluate(READY)
-
     def close(self) -> None:
         """End the kernel (a model's memory) and the page."""
-        self.page.evaluate(
-            "async () => await window.jupyterapp.shell.currentWidget.sessionContext.shutdown()"
-        )
+        self.page.evaluate(SHUT_DOWN)
         self.page.close()
 
     @property
@@ -158,12 +130,8 @@ class Notebook:
         return self.page.evaluate("() => window.ran === undefined")
 
     def cells(self) -> list[dict]:
-        """The code cells: id, execution count and outputs as nbformat keeps them."""
+        """The code cells: id, source, execution count and outputs as nbformat keeps them."""
         return self.page.evaluate(CELLS)
-
-    def sources(self) -> list[dict]:
-        """All cells: id and source."""
-        return self.page.evaluate(SOURCES)
 
     def errors(self) -> list[str]:
         """What went wrong: error outputs of cells and error dialogs on the page."""
@@ -171,10 +139,10 @@ class Notebook:
         dialogs = self.page.locator(".jp-Dialog").all_inner_texts()
         return [f"{out['ename']}: {out['evalue']}" for out in found] + dialogs
 
-    def text(self, cell_id: str) -> str:
-        """All plain text that a cell printed or displayed."""
-        cell = next(cell for cell in self.cells() if cell["id"] == cell_id)
-        texts = [out.get("text") or out.get("data", {}).get("text/plain", "") for out in cell["outputs"]]
+    def text(self, cell_id: str = "") -> str:
+        """All plain text that a cell, or all of them, printed or displayed."""
+        outputs = [out for cell in self.cells() if cell_id in ("", cell["id"]) for out in cell["outputs"]]
+        texts = [out.get("text") or out.get("data", {}).get("text/plain", "") for out in outputs]
         return "\n".join(text if isinstance(text, str) else "".join(text) for text in texts)
 
     def save(self, folder: Path) -> dict:
@@ -186,11 +154,9 @@ class Notebook:
         """Scroll to the first element that fits, as a reader would."""
         self.page.evaluate("s => document.querySelector(s)?.scrollIntoView({block: 'center'})", selector)
 
-    def shot(self, name: str, of: str | None = None, only: str | None = None) -> Path:
+    def shot(self, name: str, of: str | None = None, only: str | None = None) -> None:
         """A screenshot in outputs/screenshots: the page where `of` is found, or the element `only` alone."""
         if of is not None:
             self.show(of)
         SHOTS.mkdir(parents=True, exist_ok=True)
-        path = SHOTS / f"{name}.png"
-        (self.page if only is None else self.page.locator(only)).screenshot(path=path)
-        return path
+        (self.page if only is None else self.page.locator(only)).screenshot(path=SHOTS / f"{name}.png")

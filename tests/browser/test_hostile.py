@@ -61,44 +61,30 @@ def hostile_rows(folder: Path) -> None:
     """Splits in which every question and every answer is hostile."""
     folder.mkdir()
     for split, count in {"train": 40, "validation": 8, "test": 12}.items():
-        rows = [
-            {
-                "question": f"{split} {i}: {HOSTILE}",
-                "ground_truths": [f"{HOSTILE} Answer {i} " + "money " * i],
-            }
-            for i in range(count)
-        ]
+        answers = [f"{HOSTILE} Answer {i} " + "money " * i for i in range(count)]
+        rows = [{"question": f"{split} {i}: {HOSTILE}", "ground_truths": [a]} for i, a in enumerate(answers)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
 
 
 def look_at(number: str, folder: Path, lab: tuple[str, str], browser) -> int:
     """Run a notebook over the hostile rows; gives how many outputs show the script as text."""
-    page = browser.new_page(viewport={"width": 1360, "height": 1080})
-    asked = []
+    page, asked = browser.new_page(viewport={"width": 1360, "height": 1080}), []
     page.on("request", lambda request: asked.append(request.url))
-    overrides = OVERRIDES.format(folder=folder / "rows")
-    first = {"force": FORCE}
-    name = place(folder, folder / "hostile", number, first=first, profile="tiny", overrides=overrides)
+    values = {"profile": "tiny", "overrides": OVERRIDES.format(folder=folder / "rows")}
+    name = place(folder, folder / "hostile", number, first={"force": FORCE}, **values)
     notebook = Notebook(page, *lab, name)
-    notebook.run_all()
-    notebook.wait_until_done(300)
+    notebook.run_all(300)
     assert notebook.errors() == [], number
     if number == "05":
-        notebook.show(ANSWERS)
         page.locator(".jupyter-button", has_text="Answer").click()
         page.get_by_text(re.compile(r"^Done after [\d.]+ s")).wait_for(timeout=60_000)
         assert page.locator(ANSWERS).last.inner_text().startswith(SCRIPT)
     assert page.evaluate("() => window.hacked") is None, number
     assert [url for url in asked if url.startswith(NOWHERE)] == [], number
-    outputs = page.locator(".jp-OutputArea-output")
-    rendered = page.evaluate(RENDERED)
-    assert rendered == [], f"{number}: {rendered}"
+    assert page.evaluate(RENDERED) == [], number
     assert page.locator(".jp-NotebookPanel-toolbar").is_visible()  # no <style> took effect
-    shown = outputs.get_by_text(SCRIPT).count()
-    notebook.shot(
-        f"hostile-{number}", of=ANSWERS if number == "05" else ".jp-OutputArea-output :is(img, table)"
-    )
+    shown = page.locator(".jp-OutputArea-output").get_by_text(SCRIPT).count()
     notebook.close()
     return shown
 
@@ -107,5 +93,4 @@ def test_hostile_rows_and_answers_are_shown_as_text(served, lab, browser):
     """One row or answer could run a script, load a picture (and so tell who reads), or hide the page."""
     hostile_rows(served / "rows")
     shown = {number: look_at(number, served, lab, browser) for number in ("01", "02", "03", "04", "05")}
-    print("outputs that show the script as text:", shown)
     assert all(shown.values()), shown

@@ -19,74 +19,69 @@ from fiqa_helpers.machinery.live import LivePanel
 from fiqa_helpers.show import style_page
 style_page()
 model = t.make_model()
-panel = LivePanel(t.QUESTIONS, t.sampler(model), sample_steps={sample_steps}, title="Small", png={png!r})
+panel = LivePanel(t.QUESTIONS, t.sampler(model), {sample_steps}, title="Small", png={run!r} + "/picture.png")
 trainer = t.make_trainer({run!r}, [panel], model=model, steps={steps}, seconds={seconds}, eval_on_start=True)
-print("made")
 """
+SAVED = "widget-view+json"  # what a file holds once the panel was saved in it
+PANEL = ".fiqa-panel"
 
 
-def write_notebook(folder: Path, name: str, steps: int, seconds: float, sample_steps: int = 4) -> Path:
-    """A notebook like 04 in small: cells `make`, `train` and `after`."""
-    tests = str(Path(__file__).resolve().parents[1])
-    run = folder / name
-    values = {
-        "tests": tests,
-        "png": str(run / "picture.png"),
-        "run": str(run),
-        "steps": steps,
-        "seconds": seconds,
-        "sample_steps": sample_steps,
-    }
-    sources = {
-        "make": TRAIN.format(**values).strip(),
-        "train": "with panel:\n    trainer.train()",
-        "after": "print('after:', panel.outcome, '|', trainer.state.global_step)",
-    }
+def open_small(folder: Path, lab, page, name: str, steps: int, seconds: float, sample_steps=4) -> Notebook:
+    """A notebook like 04 in small, Run All pressed, the panel on the page."""
+    run, tests = str(folder / name), str(Path(__file__).resolve().parents[1])
+    make = TRAIN.format(tests=tests, run=run, steps=steps, seconds=seconds, sample_steps=sample_steps)
+    sources = {"make": make.strip(), "train": "with panel:\n    trainer.train()"}
+    sources["after"] = "print('after:', panel.outcome, '|', trainer.state.global_step)"
     cells = [nbformat.v4.new_code_cell(source, id=name) for name, source in sources.items()]
-    path = folder / f"{name}.ipynb"
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), path)
-    return path
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
+    notebook = Notebook(page, *lab, f"{name}.ipynb")
+    notebook.run_all()
+    page.wait_for_selector(".fiqa-panel svg", timeout=120_000)
+    return notebook
 
 
 @pytest.fixture
 def start(served, lab, page):
-    """start(name, steps, seconds): the notebook open, Run All pressed, the panel on the page."""
-
-    def start(name: str, steps: int, seconds: float, **more) -> Notebook:
-        write_notebook(served, name, steps, seconds, **more)
-        notebook = Notebook(page, *lab, f"{name}.ipynb")
-        notebook.run_all()
-        page.wait_for_selector(".fiqa-panel svg", timeout=120_000)
-        return notebook
-
-    return start
+    return lambda name, *args, **more: open_small(served, lab, page, name, *args, **more)
 
 
-def stopped_at(notebook: Notebook) -> int:
-    return int(re.search(r"stopped at step (\d+) of", notebook.text("after"))[1])
+def press(page, label: str) -> None:
+    page.locator(".fiqa-panel .jupyter-button", has_text=label).click()
+
+
+def wait_for_sample(page, step: str) -> None:
+    """Until the right column's head says at which step its answers were given."""
+    head = page.locator(".fiqa-panel .samples .h", has_text=re.compile(rf"at step {step}$"))
+    head.wait_for(timeout=120_000)
+
+
+def wait_for_file(path: Path, text: str) -> None:
+    """Wait until a file that another process writes is there and holds `text`."""
+    end = time.monotonic() + 60
+    while not path.is_file() or text not in path.read_text(encoding="utf-8", errors="replace"):
+        assert time.monotonic() < end, f"{path.name}: no {text!r}"
+        time.sleep(0.2)
 
 
 def test_the_panel_redraws_in_place_and_leaves_one_picture(start, served, page):
     """The output could be replaced (flicker), change its height (jump), or leave widgets in the file."""
-    notebook = start("watched", steps=16, seconds=0.4)
+    notebook = start("watched", 16, 0.4)
     page.evaluate(WATCH)
-    page.wait_for_selector(".fiqa-panel .samples .h:has-text('at step 8')", timeout=60_000)
+    wait_for_sample(page, "8")
     assert notebook.running
     notebook.shot("panel-small-running")
     notebook.wait_until_done(120)
     seen = page.evaluate(SEEN)
     assert seen["curves"] >= 3 and seen["texts"] >= 3
     assert seen["nodes"] == 1 and len(seen["heights"]) == 1, seen
-    assert notebook.errors() == []
-    assert "finished 16 steps | 16" in notebook.text("after")
+    assert notebook.errors() == [] and "finished 16 steps | 16" in notebook.text("after")
     saved = notebook.save(served)
     train = next(cell for cell in saved["cells"] if cell["id"] == "train")
     kinds = [set(output["data"]) for output in train["outputs"]]
     assert kinds == [{"text/plain"}, {"text/plain", "image/png", "text/html"}]
     assert "widgets" not in saved["metadata"]
-    picture = page.locator(".jp-OutputArea-output img[alt*='finished 16 steps']")
-    assert picture.count() == 1
+    assert page.locator(".jp-OutputArea-output img[alt*='finished 16 steps']").count() == 1
     breaks = "() => getComputedStyle(document.querySelector('.jp-OutputArea-output pre')).wordBreak"
     assert page.evaluate(breaks) == "normal"  # not inside words and numbers
     notebook.shot("panel-small-finished")
@@ -96,77 +91,57 @@ def test_the_panel_redraws_in_place_and_leaves_one_picture(start, served, page):
 @pytest.mark.parametrize("how", ["Stop button", "interrupted"])
 def test_training_ends_within_one_step(start, page, how):
     """ipykernel 7.4 sends clicks to the busy thread, an interrupt leaves a traceback: neither may be."""
-    notebook = start(how.split()[0].lower(), steps=100, seconds=2.0)
-    step = at_step(page, 2)
-    began = time.monotonic()
+    notebook = start(how.split()[0].lower(), 100, 2.0)
+    at_step(page, 1)
     if how == "interrupted":
         notebook.command("notebook:interrupt-kernel", wait=False)
     else:
-        page.locator(".jupyter-button", has_text="Stop").click()
-    page.get_by_text(re.compile(rf"^after: stopped at step \d+ of 100 \({how}\)")).wait_for(timeout=60_000)
-    print(f"{how}: {time.monotonic() - began:.1f} s with steps of 2 s")
+        press(page, "Sample now")
+        wait_for_sample(page, "[123]")  # after the step at hand, not at the next regular sample
+        press(page, "Stop")
+    step = at_step(page, 1)
+    ended = page.get_by_text(re.compile(rf"^after: stopped at step (\d+) of 100 \({how}\)"))
+    ended.wait_for(timeout=60_000)
     notebook.wait_until_done(30)
-    assert stopped_at(notebook) <= step + 2  # the one that ran when it was pressed; one more if it just ended
+    # the one that ran when it was pressed; one more if it just ended
+    assert int(re.search(r"at step (\d+) of", notebook.text("after"))[1]) <= step + 2
     assert notebook.errors() == []
-    notebook.shot(f"panel-small-{how.split()[0].lower()}")
-
-
-@pytest.mark.slow
-def test_sample_now_is_answered_after_the_step(start, page):
-    """The second button could be dead, or be heard only at the next regular sample."""
-    notebook = start("sample", steps=100, seconds=1.0)
-    at_step(page, 9)
-    page.locator(".jupyter-button", has_text="Sample now").click()
-    head = page.locator(".fiqa-panel .samples .h", has_text=re.compile(r"at step (?!4$|8$|12$|16$|20$)\d+$"))
-    head.wait_for(timeout=20_000)
-    page.locator(".jupyter-button", has_text="Stop").click()
-    notebook.wait_until_done(60)
-    assert notebook.errors() == []
-
-
-def wait_for_file(path: Path, text: str, seconds: float = 60) -> None:
-    """Wait until a file that another process writes is there and holds `text`."""
-    end = time.monotonic() + seconds
-    while not path.is_file() or text not in path.read_text(encoding="utf-8", errors="replace"):
-        assert time.monotonic() < end, f"{path.name}: no {text!r} within {seconds} s"
-        time.sleep(0.2)
 
 
 @pytest.mark.slow
 def test_a_reloaded_page_finds_the_panel_and_its_buttons(start, served, page):
     """F5 could leave "Loading widget...", no way to stop, and at the end neither panel nor picture."""
-    notebook = start("reloaded", steps=200, seconds=0.5)
+    notebook = start("reloaded", 200, 0.5)
     at_step(page, 2)
-    wait_for_file(served / "reloaded.ipynb", "widget-view+json")  # the panel had it saved
+    wait_for_file(served / "reloaded.ipynb", SAVED)
     page.reload()
     page.wait_for_selector(".fiqa-panel svg", timeout=60_000)
     at_step(page, at_step(page, 4) + 2)  # it moves
-    notebook.shot("panel-small-reloaded", of=".fiqa-panel")
-    page.locator(".fiqa-panel .jupyter-button", has_text="Stop").click()
+    notebook.shot("panel-small-reloaded", of=PANEL)
+    press(page, "Stop")
     page.locator(".fiqa-panel img[alt*='(Stop button)']").wait_for(timeout=60_000)
     assert page.get_by_text("Run All Cells fills in the rest").is_visible()
     assert page.locator(".fiqa-panel .jupyter-button").count() == 0
-    notebook.shot("panel-small-reloaded-end", of=".fiqa-panel")
 
 
 @pytest.mark.slow
 def test_a_page_that_was_away_at_the_end_finds_the_picture(start, served, page):
     """Closed while it trains and opened when it is over, the page could show "model not found"."""
-    notebook = start("away", steps=12, seconds=0.5)
-    wait_for_file(served / "away.ipynb", "widget-view+json")
+    notebook = start("away", 12, 0.5)
+    wait_for_file(served / "away.ipynb", SAVED)
     address = page.url
     page.goto("about:blank")
     wait_for_file(served / "away" / "picture.png", "IEND")
     page.goto(address)
     page.locator(".fiqa-panel img[alt*='finished 12 steps']").wait_for(timeout=60_000)
     assert page.get_by_text("Run All Cells fills in the rest").is_visible()
-    notebook.shot("panel-small-away", of=".fiqa-panel")
+    notebook.shot("panel-small-away", of=PANEL)
 
 
 @pytest.mark.slow
 def test_an_answer_that_is_read_is_left_alone(start, page):
     """Each new drawing could scroll an answer back, lose the marked text, or throw the keyboard out."""
-    notebook = start("read", steps=100, seconds=0.3, sample_steps=50)
+    notebook = start("read", 100, 0.3, sample_steps=50)
     page.wait_for_selector(".fiqa-panel .samples small", timeout=60_000)
     page.evaluate(WATCH)
     page.evaluate("""() => {
@@ -176,8 +151,7 @@ def test_an_answer_that_is_read_is_left_alone(start, page):
     page.wait_for_function("() => window.seen.curves.size >= 4", timeout=60_000)
     kept = "() => [read.isConnected, document.activeElement === read, getSelection().toString().length > 9]"
     assert page.evaluate(kept) == [True] * 3
-    stop = page.locator(".jupyter-button", has_text="Stop")
-    stop.press("Enter")  # with the keyboard
+    page.locator(".jupyter-button", has_text="Stop").press("Enter")  # with the keyboard
     notebook.wait_until_done(60)
     assert "stopped at step" in notebook.text("after") and notebook.errors() == []
 
@@ -185,16 +159,14 @@ def test_an_answer_that_is_read_is_left_alone(start, page):
 @pytest.mark.slow
 def test_the_panel_in_half_a_window_and_on_a_phone(start, page):
     """Beside the text of a course, a wide panel would be cut off or need sideways scrolling."""
-    notebook = start("narrow", steps=100, seconds=0.5)
-    page.wait_for_selector(".fiqa-panel .samples .h:has-text('at step 4')", timeout=60_000)
+    notebook = start("narrow", 100, 0.5)
+    wait_for_sample(page, "4")
     for name, width in {"half": 760, "narrow": 720, "phone": 420}.items():
         page.set_viewport_size({"width": width, "height": 1300})
         page.wait_for_function(f"() => document.querySelector('.fiqa-panel').clientWidth < {width}")
-        notebook.shot(f"panel-small-{name}", of=".fiqa-panel")
+        notebook.shot(f"panel-small-{name}", of=PANEL)
         assert page.evaluate(OUTSIDE) == []
-        letters = page.evaluate(SMALLEST_LETTERS)
-        print(f"{width} pixels: the smallest letters are {letters:.1f} pixels high")
-        assert letters >= 8.5
+        assert page.evaluate(SMALLEST_LETTERS) >= 8.5, name  # pixels
     notebook.command("notebook:interrupt-kernel")
     notebook.wait_until_done(30)
 
@@ -214,18 +186,11 @@ SMALLEST_LETTERS = """() => Math.min(...[...document.querySelectorAll('.fiqa-pan
 @pytest.mark.slow
 def test_the_panel_is_readable_in_the_dark_theme(tmp_path, browser):
     """Ink taken from no theme would be black on black."""
-    write_notebook(tmp_path, "dark", steps=12, seconds=0.4)
     with jupyterlab(tmp_path, theme="JupyterLab Dark") as lab:
         page = browser.new_page(viewport={"width": 1360, "height": 1080})
-        notebook = Notebook(page, *lab, "dark.ipynb")
-        notebook.run_all()
-        page.wait_for_selector(".fiqa-panel .samples .h:has-text('at step 8')", timeout=120_000)
-        ink, paper = page.evaluate(
-            """() => {
-              const light = c => c.match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0) / 765;
-              const style = name => getComputedStyle(document.querySelector(name));
-              return [style('.fiqa-panel b').color, style('.jp-Notebook').backgroundColor].map(light) }"""
-        )
+        notebook = open_small(tmp_path, lab, page, "dark", 12, 0.4)
+        wait_for_sample(page, "8")
+        ink, paper = page.evaluate(LIGHT)
         notebook.shot("panel-small-dark")
         notebook.wait_until_done(60)
         notebook.shot("panel-small-dark-finished", of="img.fiqa-picture")
@@ -233,3 +198,10 @@ def test_the_panel_is_readable_in_the_dark_theme(tmp_path, browser):
         page.close()
     assert picture.startswith("invert")  # the picture is no white block
     assert paper < 0.2 and ink > 0.7, (ink, paper)
+
+
+LIGHT = """() => {
+  const light = c => c.match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0) / 765;
+  const style = name => getComputedStyle(document.querySelector(name));
+  return [style('.fiqa-panel b').color, style('.jp-Notebook').backgroundColor].map(light);
+}"""
