@@ -13,7 +13,7 @@ from fiqa_helpers.show import answer_clicks_while_busy, answers, escape
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from fiqa_helpers.profiles import Profile
 
@@ -56,13 +56,7 @@ def generate_answers(
 
     if not questions:
         return []
-    ids = [encode_prompt(question, tokenizer, style) for question in questions]
-    longest, context = max(map(len, ids)), model.config.max_position_embeddings
-    if longest + max_new_tokens > context:
-        raise WorkshopError(
-            f"A prompt has {longest:,} tokens, and with {max_new_tokens:,} of an answer it must fit the "
-            f"{context:,} that this model reads: shorten the question."
-        )
+    ids = prompts(questions, tokenizer, style, model.config, max_new_tokens)
     inputs = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     was_training = model.training
@@ -83,6 +77,28 @@ def generate_answers(
     finally:
         model.train(was_training)
     return [_answer(row, tokenizer) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+
+
+def prompts(
+    questions: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    style: str,
+    config: "PretrainedConfig",
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Token ids of one prompt a question, for a model with this configuration.
+
+    Raises:
+        WorkshopError: a question with its answer is longer than what the model reads.
+    """
+    ids = [encode_prompt(question, tokenizer, style) for question in questions]
+    longest, context = max(map(len, ids)), config.max_position_embeddings
+    if longest + max_new_tokens > context:
+        raise WorkshopError(
+            f"A prompt has {longest:,} tokens, and with {max_new_tokens:,} of an answer it must fit the "
+            f"{context:,} that this model reads: shorten the question."
+        )
+    return ids
 
 
 def _answer(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> Answer:
