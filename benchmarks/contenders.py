@@ -1,9 +1,10 @@
 """Ways to fine-tune the 8B model on one GPU, each timed in a process of its own: `contenders.py NAME OUT`.
 
-All train the same LoRA (r 8, alpha 32, dropout 0.05 unless said, q/k/v/o) in bf16 on rows of FiQA's real
-lengths under the Llama-3 vocabulary, 16 rows an optimizer step, AdamW. The weights are random and so are the
-tokens: neither changes a speed or a byte, and nothing about learning can be read from here. Each peer's
-settings stand here, and were fixed before its result was seen.
+All train a LoRA (r 8, alpha 32, dropout 0.05, q/k/v/o, unless said) in bf16 on rows of FiQA's real lengths
+under the Llama-3 vocabulary, 16 rows an optimizer step unless said, AdamW. The weights are random and so are
+the tokens: neither changes a speed or a byte, and nothing about learning can be read from here. Each peer
+runs at the best public settings that install from the package index; they were fixed here, with their source,
+before its result was seen.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -23,13 +25,16 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 ROWS_A_STEP = 16
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ALL_LINEAR = (*TARGETS, "gate_proj", "up_proj", "down_proj")
 WARM_UP = 3  # steps before the clock starts
 GIB = 2**30
 CARD_24_GIB = 22.0  # what a 24 GB card leaves after the CUDA context
+VERSIONS = ("torch", "triton", "transformers", "peft", "nemo-automodel", "liger-kernel", "trl", "datasets")
+H100_TFLOPS = 989  # dense bf16, on paper
 
 
 def rows():
@@ -64,14 +69,14 @@ def random_8b(attention: str, liger: bool):
     return model
 
 
-def peft_config(dropout: float = 0.05):
+def peft_config():
     from peft import LoraConfig
 
-    return LoraConfig(r=8, lora_alpha=32, lora_dropout=dropout, target_modules=TARGETS, task_type="CAUSAL_LM")
+    return LoraConfig(r=8, lora_alpha=32, lora_dropout=0.05, target_modules=TARGETS, task_type="CAUSAL_LM")
 
 
 class Counted:
-    """A collator that remembers the real (not padding) tokens and the rows of every batch it makes."""
+    """A collator that remembers the real (not padding) tokens of every batch it makes."""
 
     def __init__(self, collator: Callable, real: Callable[[dict], int]):
         self.collator, self.real, self.tokens = collator, real, []
@@ -89,6 +94,12 @@ def unpadded(batch: dict) -> int:
 def step_tokens(batch: dict) -> int:
     """Of a batch of StepCollator."""
     return sum(unpadded(micro) for micro in batch["micro_batches"])
+
+
+def pad(rows: list[dict]) -> dict:
+    from fiqa_helpers.rows import pad_rows
+
+    return pad_rows(rows, 128004)
 
 
 def clock():
@@ -129,36 +140,42 @@ def arguments(kind, folder: str, steps: int, batch: int, **more):
     return kind(**settings | more)
 
 
-def result(counted: Counted, ends: list[float], steps: int, batches_a_step: int, **more) -> dict:
-    """Tokens/s and MFU from the end of the warm-up to the last step, everything between included."""
-    import torch
-
+def measured(tokens: int, seconds: float, steps: int) -> dict:
+    """Tokens and operations a second. `tokens` are real ones, in `steps` steps."""
     from fiqa_helpers.model import reference_config
 
     config = reference_config()
-    tokens = counted.tokens[WARM_UP * batches_a_step : steps * batches_a_step]
-    seconds = ends[1] - ends[0]
     # Forward and the gradient of the activations, 2 operations each for a weight and token; the frozen
     # weights' own gradient is never computed. Embedding rows are looked up. Attention is not counted.
     operations = 4 * (8_030_261_248 - config.vocab_size * config.hidden_size)
     return dict(
-        tokens_per_second=round(sum(tokens) / seconds, 1),
-        tflops=round(operations * sum(tokens) / seconds / 1e12, 1),
-        seconds=round(seconds, 3),
-        tokens=sum(tokens),
-        steps=steps - WARM_UP,
-        peak_allocated_gib=round(torch.cuda.max_memory_allocated() / GIB, 2),
-        peak_reserved_gib=round(torch.cuda.max_memory_reserved() / GIB, 2),
-        **more,
+        tokens_per_second=round(tokens / seconds, 1),
+        tflops=round(operations * tokens / seconds / 1e12, 1),
+        tokens_per_step=round(tokens / steps),
+        steps=steps,
     )
+
+
+def result(counted: Counted, ends: list[float], steps: int, batches_a_step: int, losses: list) -> dict:
+    """From the end of the warm-up to the last step, everything between included."""
+    import torch
+
+    tokens = counted.tokens[WARM_UP * batches_a_step : steps * batches_a_step]
+    return dict(
+        **measured(sum(tokens), ends[1] - ends[0], steps - WARM_UP),
+        peak_reserved_gib=round(torch.cuda.max_memory_reserved() / GIB, 2),
+        losses=losses,
+    )
+
+
+def logged(trainer) -> list[float]:
+    return [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
 
 
 # -- ours: the trainer of notebook 04
 
 
-def ours(
-    profile_name: str, steps: int, folder: str, overrides: dict | None = None, evaluate: bool = True
-) -> dict:
+def ours(profile_name: str, steps: int, folder: str, **overrides) -> dict:
     """Notebook 04's trainer, collator and adapter on the profile as it is; then an evaluation of 64 rows."""
     from dataclasses import replace
 
@@ -172,97 +189,80 @@ def ours(
     from fiqa_helpers.rows import StepCollator
     from fiqa_helpers.trainer import AnswerTrainer
 
-    profile = replace(PROFILES[profile_name], **(overrides or {}))
+    profile = replace(PROFILES[profile_name], **overrides)
     if profile_name == "gpu24":
         torch.cuda.set_per_process_memory_fraction(
             CARD_24_GIB * GIB / torch.cuda.get_device_properties(0).total_memory
         )
     torch.manual_seed(profile.seed)
     base = random_8b(attention_implementation(profile.layout, "cuda"), liger=True)
-    model = get_peft_model(base, lora_config(profile))
     counted = Counted(StepCollator(128004, profile.tokens_per_batch, profile.layout), step_tokens)
-    timer = clock()
-    data = rows()
+    timer, data = clock(), rows()
+    settings = dict(
+        gradient_checkpointing=profile.gradient_checkpointing, per_device_eval_batch_size=len(data)
+    )
     trainer = AnswerTrainer(
-        model=model,
-        args=arguments(
-            TrainingArguments,
-            folder,
-            steps,
-            ROWS_A_STEP,
-            gradient_checkpointing=profile.gradient_checkpointing,
-            per_device_eval_batch_size=64,
-        ),
+        model=get_peft_model(base, lora_config(profile)),
+        args=arguments(TrainingArguments, folder, steps, ROWS_A_STEP, **settings),
         train_dataset=data,
         eval_dataset=data.take(64),
         data_collator=counted,
         callbacks=[timer],
     )
     trainer.train()
-    found = result(counted, timer.ends, steps, 1, losses=losses(trainer))
-    if evaluate:
-        trainer.evaluate()
-        found["peak_reserved_with_evaluation_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
-    found["settings"] = dict(
-        tokens_per_batch=profile.tokens_per_batch,
-        layout=profile.layout,
-        gradient_checkpointing=profile.gradient_checkpointing,
-    )
+    found = result(counted, timer.ends, steps, 1, logged(trainer))
+    trainer.evaluate()
+    found["peak_reserved_with_evaluation_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
     return found
-
-
-def losses(trainer) -> list[float]:
-    return [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
 
 
 # -- peers
 
 
 def trainer_padded(steps: int, folder: str) -> dict:
-    """transformers' Trainer, bf16 autocast, Liger, batch 4 padded to its longest row, no checkpointing."""
+    """transformers' Trainer, bf16 autocast, Liger, batch 4 of like length, no checkpointing."""
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
 
     model = get_peft_model(random_8b("sdpa", liger=True), peft_config())
     counted, timer = Counted(pad, unpadded), clock()
-    args = arguments(TrainingArguments, folder, steps, 4, bf16=True)
+    args = arguments(
+        TrainingArguments, folder, steps, 4, bf16=True, train_sampling_strategy="group_by_length"
+    )
     trainer = Trainer(model=model, args=args, train_dataset=rows(), data_collator=counted, callbacks=[timer])
     trainer.train()
-    return result(counted, timer.ends, steps, 4, losses=losses(trainer))
+    return result(counted, timer.ends, steps, 4, logged(trainer))
 
 
-def pad(rows: list[dict]) -> dict:
-    from fiqa_helpers.rows import pad_rows
-
-    return pad_rows(rows, 128004)
+AS_IT_IS = {"dataset_kwargs": {"skip_prepare_dataset": True}}  # rows are tokens already
+FAST = {"gradient_checkpointing": False, "use_liger_kernel": True}
 
 
-def trl(steps: int, folder: str, best: bool) -> dict:
-    """SFTTrainer with its defaults (checkpointing, batch 4), or without checkpointing, with Liger and rows
-    grouped by length: its best settings that need no flash-attn build."""
+def trl(steps: int, folder: str, batch: int = 4, attention: str = "sdpa", **settings) -> dict:
+    """SFTTrainer; what `settings` don't say stays at its default (checkpointing, bf16 autocast, padding)."""
     import torch
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
-    settings = dict(max_length=2048, dataset_kwargs={"skip_prepare_dataset": True})
-    if best:
-        settings |= dict(
-            gradient_checkpointing=False, use_liger_kernel=True, train_sampling_strategy="group_by_length"
-        )
+    from fiqa_helpers.machinery.fast import register_packed_attention
+
+    register_packed_attention()
     torch.manual_seed(42)
-    timer = clock()
+    timer, collator = clock(), {}
+    if not settings.keys() & {"packing", "padding_free"}:
+        collator = {"data_collator": pad}
     trainer = SFTTrainer(
-        model=random_8b("sdpa", liger=False),
-        args=arguments(SFTConfig, folder, steps, 4, **settings),
+        model=random_8b(attention, liger=False),
+        args=arguments(SFTConfig, folder, steps, batch, **settings),
         train_dataset=rows(),
         processing_class=words_of_nothing(PreTrainedTokenizerFast),
-        data_collator=pad,
         peft_config=peft_config(),
         callbacks=[timer],
+        **collator,
     )
-    counted = trainer.data_collator = Counted(pad, unpadded)
+    counted = trainer.data_collator = Counted(trainer.data_collator, unpadded)
     trainer.train()
-    return result(counted, timer.ends, steps, 4, losses=losses(trainer))
+    return result(counted, timer.ends, steps, ROWS_A_STEP // batch, logged(trainer))
 
 
 def words_of_nothing(kind):
@@ -279,11 +279,19 @@ def nemo_native(steps: int, folder: str) -> dict:
     import torch
     from nemo_automodel import NeMoAutoModelForCausalLM
     from nemo_automodel.components._peft.lora import PeftConfig
+    from random_8b import FOLDER
     from torch.nn import functional
 
-    lora = PeftConfig(target_modules=[f"*{name}" for name in TARGETS], dim=8, alpha=32, dropout=0.05)
+    lora = PeftConfig(
+        target_modules=[f"*{name}" for name in TARGETS],
+        dim=8,
+        alpha=32,
+        dropout=0.05,
+        use_triton=True,
+        use_memory_efficient_lora=False,
+    )
     model = NeMoAutoModelForCausalLM.from_pretrained(
-        str(random_folder()),  # from a configuration it takes minutes: it fills the weights on the CPU
+        str(FOLDER),  # from a configuration it takes minutes: it fills the weights on the CPU
         dtype=torch.bfloat16,
         force_hf=False,
         attn_implementation="sdpa",
@@ -316,65 +324,82 @@ def nemo_native(steps: int, folder: str) -> dict:
         if step + 1 in (WARM_UP, steps):
             torch.cuda.synchronize()
             ends.append(time.perf_counter())
-    return result(counted, ends, steps, 4, losses=[round(loss.item(), 4) for loss in seen])
+    return result(counted, ends, steps, 4, [round(loss.item(), 4) for loss in seen])
 
 
-def unsloth(steps: int, folder: str, packing: bool) -> dict:
-    """Unsloth's model and LoRA (dropout 0, without which its fused path is off) in SFTTrainer, batch 4.
+def nemo_recipe(steps: int, folder: str) -> dict:
+    """NeMo's recipe class through recipes/fiqa_lora.yaml on one GPU, packed by our collate function."""
+    import recipe_bench
+    from random_8b import FOLDER
 
-    `packing` joins rows to sequences of 2,048 tokens and keeps attention inside each, as Unsloth offers it;
-    a step then has four such sequences.
-    """
-    from unsloth import FastLanguageModel  # isort: skip (before transformers and trl, which it patches)
-
-    from trl import SFTConfig, SFTTrainer
-
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        str(random_folder()), max_seq_length=2048, load_in_4bit=False, local_files_only=True
+    taken = recipe_bench.train(recipe_bench.random_rows(FOLDER, Path(folder), 1, ROWS_A_STEP, steps), 1)
+    timed = recipe_bench.undisturbed(taken)
+    seconds = sum(row["seconds"] for row in timed)
+    return dict(
+        **measured(sum(row["tokens"] for row in timed), seconds, len(timed)),
+        peak_reserved_gib=round(max(row["memory_gib"] for row in taken), 2),
+        losses=[round(row["loss"], 4) for row in taken],
     )
-    model = FastLanguageModel.get_peft_model(
-        model, r=8, lora_alpha=32, lora_dropout=0, target_modules=TARGETS, use_gradient_checkpointing=False
-    )
-    data = rows()
-    settings = dict(max_length=2048, bf16=True, gradient_checkpointing=False)
-    if packing:
-        settings |= dict(packing=True)
-        data = data.select_columns(["input_ids"])
-    else:
-        settings |= dict(dataset_kwargs={"skip_prepare_dataset": True})
-    timer = clock()
-    trainer = SFTTrainer(
-        model=model,
-        processing_class=tokenizer,
-        train_dataset=data,
-        args=arguments(SFTConfig, folder, steps, 4, **settings),
-        callbacks=[timer],
-        **({} if packing else {"data_collator": pad}),
-    )
-    counted = trainer.data_collator = Counted(trainer.data_collator, unpadded)
-    trainer.train()
-    return result(counted, timer.ends, steps, 4, losses=losses(trainer))
 
 
-def random_folder() -> Path:
-    """A checkpoint of the random 8B model, for peers that load from a folder (`random_8b.py` makes it)."""
-    folder = Path(os.environ.get("FIQA_RANDOM_8B", ""))
-    if not (folder / "config.json").exists():
-        sys.exit(
-            "Set FIQA_RANDOM_8B to a folder that benchmarks/random_8b.py made: this peer loads from one."
-        )
-    return folder
+@dataclass(frozen=True)
+class Contender:
+    """One row of the table."""
+
+    title: str
+    source: str  # the page or file that its settings come from
+    run: Callable[[int, str], dict]
 
 
-CONTENDERS: dict[str, tuple[str, Callable[[int, str], dict]]] = {
-    "gpu80": ("this workshop, profile gpu80", lambda steps, folder: ours("gpu80", steps, folder)),
-    "gpu24": ("this workshop, profile gpu24, held to a 24 GB card", lambda s, f: ours("gpu24", s, f)),
-    "trl-default": ("TRL SFTTrainer, defaults", lambda steps, folder: trl(steps, folder, best=False)),
-    "trl-best": ("TRL SFTTrainer, Liger, no checkpointing", lambda s, f: trl(s, f, best=True)),
-    "trainer-padded": ("transformers Trainer, padded, Liger", trainer_padded),
-    "nemo-native": ("NeMo's own Llama and LoRA, padded", nemo_native),
-    "unsloth-padded": ("Unsloth, padded", lambda steps, folder: unsloth(steps, folder, packing=False)),
-    "unsloth-packed": ("Unsloth, its packing", lambda steps, folder: unsloth(steps, folder, packing=True)),
+PROFILE_FILE = "fiqa_helpers/profiles.yaml"
+NVIDIA = (
+    "https://github.com/NVIDIA-NeMo/Automodel/blob/main/"
+    "examples/llm_benchmark/llama3_1/llama3_1_8b_peft_benchmark.yaml"
+)
+TRL_DOCS = "https://huggingface.co/docs/trl/"
+CONTENDERS = {
+    "gpu80": Contender("this workshop, profile gpu80", PROFILE_FILE, lambda n, f: ours("gpu80", n, f)),
+    "gpu24": Contender(
+        "this workshop, profile gpu24, held to a 24 GB card", PROFILE_FILE, lambda n, f: ours("gpu24", n, f)
+    ),
+    "gpu80-all-linear": Contender(
+        "this workshop, gpu80 with LoRA r 16 on all linear layers",
+        f"{PROFILE_FILE}; the adapter of {NVIDIA}",
+        lambda n, f: ours("gpu80", n, f, lora_rank=16, lora_targets=ALL_LINEAR),
+    ),
+    "nemo-recipe": Contender(
+        "NeMo's recipe, packed by this workshop's collate function", "recipes/fiqa_lora.yaml", nemo_recipe
+    ),
+    "trl-best": Contender(
+        "TRL SFTTrainer, padding-free, Liger, no checkpointing",
+        f"{TRL_DOCS}reducing_memory_usage (padding-free), {TRL_DOCS}speeding_up_training (bf16, Liger)",
+        lambda n, f: trl(n, f, 16, padding_free=True, max_length=None, **FAST, **AS_IT_IS),
+    ),
+    "trl-packing": Contender(
+        "TRL SFTTrainer, its packing, Liger, no checkpointing",
+        f"{TRL_DOCS}reducing_memory_usage (packing), {TRL_DOCS}speeding_up_training (bf16, Liger)",
+        lambda n, f: trl(n, f, packing=True, max_length=2048, **FAST),
+    ),
+    "trl-varlen": Contender(
+        "the same, padding-free, with this workshop's attention in place of sdpa",
+        f"{TRL_DOCS}reducing_memory_usage, which asks for FlashAttention; the index has no wheel of it",
+        lambda n, f: trl(n, f, 16, "packed_varlen", padding_free=True, max_length=None, **FAST, **AS_IT_IS),
+    ),
+    "nemo-native": Contender(
+        "NeMo's own Llama and LoRA, padded, NVIDIA's benchmark settings",
+        f"{NVIDIA} (use_triton: true, use_memory_efficient_lora: false)",
+        nemo_native,
+    ),
+    "trainer-padded": Contender(
+        "transformers Trainer, padded, grouped by length, Liger",
+        "https://huggingface.co/docs/transformers/perf_train_gpu_one, and /kernels (Liger)",
+        trainer_padded,
+    ),
+    "trl-default": Contender(
+        "TRL SFTTrainer, defaults",
+        f"{TRL_DOCS}sft_trainer",
+        lambda n, f: trl(n, f, max_length=2048, **AS_IT_IS),
+    ),
 }
 
 
@@ -399,17 +424,17 @@ def machine() -> dict[str, str]:
     """What ran: card, driver's CUDA, and the versions that matter."""
     import torch
 
-    names = "torch triton transformers peft nemo-automodel liger-kernel trl unsloth accelerate datasets"
     versions = {}
-    for name in names.split():
+    for name in VERSIONS:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
     card = torch.cuda.get_device_properties(0)
+    size = round(card.total_memory / GIB, 1)
     return dict(
         gpu=card.name,
-        gpu_memory_gib=round(card.total_memory / GIB, 1),
+        gpu_memory_gib=size,
         cuda=torch.version.cuda,
         python=platform.python_version(),
         **versions,
@@ -424,16 +449,16 @@ def main() -> None:
         "--steps", type=int, default=15, help=f"optimizer steps, {WARM_UP} of them to warm up"
     )
     args = parser.parse_args()
-    title, run = CONTENDERS[args.name]
+    chosen = CONTENDERS[args.name]
     with tempfile.TemporaryDirectory() as folder:
-        found = run(args.steps, folder)
+        found = chosen.run(args.steps, folder)
     import torch
 
     torch.cuda.empty_cache()
-    card = dict(name=args.name, title=title, weights="random", **found, machine=machine())
-    card["matmul_tflops"] = matmul_tflops()
+    card = dict(name=args.name, title=chosen.title, source=chosen.source, weights="random", **found)
+    card |= {"machine": machine(), "matmul_tflops": matmul_tflops()}
     card["mfu"] = round(card["tflops"] / card["matmul_tflops"], 3)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    card["mfu_h100"] = round(card["tflops"] / H100_TFLOPS, 3)
     args.out.write_text(json.dumps(card, indent=1) + "\n")
 
 

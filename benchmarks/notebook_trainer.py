@@ -1,43 +1,33 @@
-"""Notebook 04's way to train, for the benchmarks that hold something else against it."""
+"""Notebook 04's way to train, for what is held against it."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fiqa_helpers import model
 from fiqa_helpers.profiles import Profile
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import TrainerCallback
 
-    from fiqa_helpers.trainer import AnswerTrainer
+def notebook_trainer(profile: Profile, folder: Path, splits, base=None, **more):
+    """The AnswerTrainer of `profile` on a fresh adapter; nothing is saved, every step's loss is logged.
 
-
-def notebook_trainer(
-    profile: Profile,
-    folder: Path,
-    train: "Dataset",
-    validation: "Dataset",
-    collator: Callable[[list[dict]], dict],
-    callbacks: "Sequence[TrainerCallback]" = (),
-    **more: object,
-) -> "AnswerTrainer":
-    """The AnswerTrainer of `profile` on a fresh base model with a fresh adapter, every step's loss logged.
-
-    `more` are further TrainingArguments. Nothing is saved and nothing reported.
+    `splits` hold FiQA's rows (train, validation); `base` stands in for the profile's model. `more` are
+    further TrainingArguments.
     """
     from peft import get_peft_model
     from transformers import TrainingArguments, set_seed
 
     from fiqa_helpers.machinery.fast import attention_implementation
+    from fiqa_helpers.rows import StepCollator, encode_rows
     from fiqa_helpers.trainer import AnswerTrainer
 
     set_seed(profile.seed)
-    base = model.load_base(profile, attention_implementation(profile.layout, profile.device))
-    arguments = TrainingArguments(
+    tokenizer = model.load_tokenizer(profile)
+    base = base or model.load_base(profile, attention_implementation(profile.layout, profile.device))
+    counts = {"train": profile.train_rows, "validation": profile.eval_rows}
+    rows = {name: splits[name].take(n if n >= 0 else len(splits[name])) for name, n in counts.items()}
+    settings = dict(
         output_dir=str(folder),
         per_device_train_batch_size=profile.batch_size,
+        per_device_eval_batch_size=profile.batch_size,
         max_steps=profile.max_steps,
         learning_rate=profile.learning_rate,
         lr_scheduler_type="linear",
@@ -50,13 +40,11 @@ def notebook_trainer(
         seed=profile.seed,
         disable_tqdm=True,
         report_to="none",
-        **more,
     )
     return AnswerTrainer(
         model=get_peft_model(base, model.lora_config(profile)),
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=validation,
-        data_collator=collator,
-        callbacks=[*callbacks],
+        args=TrainingArguments(**settings | more),
+        train_dataset=encode_rows(rows["train"], tokenizer, profile),
+        eval_dataset=encode_rows(rows["validation"], tokenizer, profile),
+        data_collator=StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout),
     )

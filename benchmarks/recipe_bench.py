@@ -1,13 +1,15 @@
-"""recipes/fiqa_lora.yaml on this machine's GPUs beside notebook 04's trainer: speed, memory, losses.
+"""recipes/fiqa_lora.yaml on this machine's GPUs beside notebook 04's trainer.
 
-    python benchmarks/recipe_bench.py FOLDER [--minutes 7] [--kill]
+    python benchmarks/recipe_bench.py speed FOLDER    # the 8B architecture, random weights, FiQA's lengths
+    python benchmarks/recipe_bench.py agree FOLDER    # SmolLM2's real weights: losses, validation, PEFT
+    python benchmarks/recipe_bench.py resume FOLDER   # after `agree`: killed (SIGKILL) and started again
 
-The 8B architecture with random weights (16 GB, written to FOLDER/model once), rows of FiQA's lengths: neither
-changes a speed or a byte. Each run of RUNS is a process of its own and leaves FOLDER/recipe_NAME.json, as
-long as there is time for it. `--small` tries the script with two narrow layers on any CPU.
+Each run is a process of its own and each part writes its result to `--out` as soon as it has it. Runs that
+need more GPUs than there are are left out. `--small` tries a part with two narrow layers on a CPU.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -20,156 +22,94 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from contenders import rows  # noqa: E402
+from contenders import WARM_UP, rows  # noqa: E402
 
 from fiqa_helpers.base import write_card  # noqa: E402
-from fiqa_helpers.profiles import PROFILES  # noqa: E402
+from fiqa_helpers.profiles import PROFILES, load_profile  # noqa: E402
 
-WARM = 3  # steps that are not timed: kernels are chosen and memory is found in them
+FSDP2 = ["--distributed.strategy=fsdp2"]
 CHUNKED = "--loss_fn._target_=nemo_automodel.components.loss.chunked_ce.ChunkedCrossEntropy"
-RUNS = {  # name: (GPUs, rows of a step, what else stands behind the file); in the order of importance
-    "1gpu": (1, 16, []),
-    "2gpu_ddp": (2, 32, []),
-    "2gpu_fsdp2": (2, 32, ["--distributed.strategy=fsdp2"]),
-    "2gpu_ddp_same_step": (2, 16, []),
-    "1gpu_chunked_loss": (1, 16, [CHUNKED, "--loss_fn.compile=false"]),
-    "2gpu_fsdp2_same_step": (2, 16, ["--distributed.strategy=fsdp2"]),
+SPEED = {  # result file: (GPUs, rows of a step, what else stands behind the recipe)
+    "recipe": (1, 16, []),
+    "recipe_2gpu": (2, 32, []),
+    "recipe_4gpu": (4, 64, []),
+    "recipe_2gpu_fsdp2": (2, 32, FSDP2),
+    "recipe_4gpu_fsdp2": (4, 64, FSDP2),
+    "recipe_2gpu_same_step": (2, 16, []),
+    "recipe_4gpu_same_step": (4, 16, []),
+    "recipe_chunked_loss": (1, 16, [CHUNKED, "--loss_fn.compile=false"]),
 }
+AGREE = {"ddp_1": (1, []), "ddp_2": (2, []), "fsdp2_2": (2, FSDP2), "ddp_4": (4, []), "fsdp2_4": (4, FSDP2)}
+STEPS, SAVED = 60, 20  # of AGREE; a checkpoint every so many
 ON_A_CPU = ["--dist_env.backend=gloo", "--model.attn_implementation=sdpa", "--model.use_liger_kernel=false"]
 
 
+# -- runs of the recipe
+
+
 def length_rows(tokenizer, split: str, rows_of=rows, **settings) -> list[dict]:
-    """What the recipe trains on here: random tokens, as long as FiQA's rows, with shifted labels."""
+    """What `speed` trains on: random tokens, as long as FiQA's rows, with shifted labels."""
     from fiqa_helpers.machinery.recipe import shift
 
     return [shift(row) for row in (rows_of() if split == "train" else rows_of().take(8))]
 
 
-def make_model(folder: Path, small: bool) -> None:
-    """The random model, under a tokenizer that only has the vocabulary's size: nothing is tokenized here."""
-    from random_8b import write_random_8b
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"<{number}>": number for number in range(128_256)}
-    ends = dict(bos_token="<128000>", eos_token="<128009>", pad_token="<128004>")
-    backend = Tokenizer(models.WordLevel(words, unk_token="<0>"))
-    write_random_8b(folder, PreTrainedTokenizerFast(tokenizer_object=backend, **ends), small)
-
-
-def notebook(model: Path, steps: int) -> dict:
-    """Notebook 04's trainer on one GPU: real tokens a second after warm-up, losses, memory."""
-    import torch
-    from notebook_trainer import notebook_trainer
-    from transformers import TrainerCallback
-
-    from fiqa_helpers.rows import StepCollator
-
-    profile = replace(PROFILES["gpu80"], model=str(model), max_steps=steps)
-    if not torch.cuda.is_available():
-        profile = replace(profile, device="cpu", dtype="float32", layout="padded")
-    collator, tokens, ends = StepCollator(128_004, profile.tokens_per_batch, profile.layout), [], []
-
-    def counted(chosen: list[dict]) -> dict:
-        tokens.append(sum(len(row["input_ids"]) - 1 for row in chosen))  # as a recipe's shifted rows count
-        return collator(chosen)
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_, **__):
-            ends.append(time.perf_counter())  # the step's loss has been read: the device is done
-
-    trainer = notebook_trainer(profile, model.parent / "notebook", rows(), rows().take(8), counted, [Clock()])
-    trainer.train()
-    return {
-        "tokens_per_second": round(sum(tokens[WARM : len(ends)]) / (ends[-1] - ends[WARM - 1]), 1),
-        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),  # 0 without a GPU
-        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+def behind(model: Path, output: Path, gpus: int, batch: int, steps: int, saved: int) -> list[str]:
+    """What stands behind recipes/fiqa_lora.yaml for any run here."""
+    changes = {
+        "model.pretrained_model_name_or_path": model,
+        "dataset.tokenizer.name": model,
+        "step_scheduler.global_batch_size": batch,
+        "step_scheduler.local_batch_size": batch // gpus,
+        "step_scheduler.max_steps": steps,
+        "step_scheduler.val_every_steps": steps,
+        "step_scheduler.ckpt_every_steps": saved,
+        "lr_scheduler.lr_warmup_steps": -(-steps // 10),
+        "checkpoint.checkpoint_dir": output,
     }
+    return [f"--{name}={value}" for name, value in changes.items()] + ([] if cards() else ON_A_CPU)
 
 
-def behind(model: Path, output: Path, gpus: int, batch: int, steps: int, more: list[str]) -> list[str]:
-    """What stands behind recipes/fiqa_lora.yaml for a run."""
+def random_rows(model: Path, output: Path, gpus: int, batch: int, steps: int) -> list[str]:
+    """Behind the recipe for a run of `speed`, on `length_rows`."""
+    ours = [f"--{name}._target_=recipe_bench.length_rows" for name in ("dataset", "validation_dataset")]
+    return [*behind(model, output, gpus, batch, steps, steps), *ours]
+
+
+def cards() -> int:
+    """GPUs of this machine."""
     import torch
 
-    changes = [
-        f"--model.pretrained_model_name_or_path={model}",
-        f"--dataset.tokenizer.name={model}",
-        "--dataset._target_=recipe_bench.length_rows",
-        "--validation_dataset._target_=recipe_bench.length_rows",
-        f"--step_scheduler.global_batch_size={batch}",
-        f"--step_scheduler.local_batch_size={batch // gpus}",
-        f"--step_scheduler.max_steps={steps}",
-        f"--step_scheduler.val_every_steps={steps}",
-        f"--step_scheduler.ckpt_every_steps={steps // 2}",
-        "--lr_scheduler.lr_warmup_steps=2",
-        f"--checkpoint.checkpoint_dir={output}",
-    ]
-    return [*changes, *more, *([] if torch.cuda.is_available() else ON_A_CPU)]
+    return torch.cuda.device_count()
 
 
-def start(changes: list[str], gpus: int, log: Path) -> subprocess.Popen:
-    """torchrun in a process of its own; its output goes to `log`."""
+def start(changes: list[str], gpus: int, first: int = 0) -> subprocess.Popen:
+    """torchrun in a process of its own, on `gpus` GPUs from number `first`; run.log has its output."""
     from fiqa_helpers.machinery import recipe
 
-    threads = str(max(1, (os.cpu_count() or 1) // gpus))
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
-    )
+    log = folder_of(changes) / "run.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    paths = [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(cards())))
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // gpus // 2)),
+        "TQDM_DISABLE": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[first : first + gpus]),
+    }
     with log.open("ab") as out:
-        return subprocess.Popen(recipe.launch(changes, gpus), stdout=out, stderr=out, env=environment)
+        return subprocess.Popen(
+            recipe.launch(changes, gpus),
+            stdout=out,
+            stderr=out,
+            env=environment,
+            preexec_fn=recipe.end_with_parent,
+        )
 
 
-def trained(folder: Path) -> list[dict]:
-    """The steps of a run: loss, tokens, seconds, passes and memory of each."""
-    from fiqa_helpers.machinery.recipe import read_metrics
-
-    steps = [row for row in read_metrics(folder) if "loss" in row]
-    return [row | {"seconds": row["tokens"] / row["tokens_per_second"]} for row in steps]
-
-
-def recipe_run(name: str, args: argparse.Namespace, seconds: float) -> dict:
-    """One run of RUNS, as a card; a failure is a result too."""
-    from fiqa_helpers.machinery import machine
-    from fiqa_helpers.machinery.recipe import why_it_failed
-
-    gpus, batch, more = RUNS[name]
-    folder = args.folder / name
-    changes = behind(args.folder / "model", folder, gpus, batch, args.steps, more)
-    process = start(changes, gpus, folder / "run.log")
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        kill_all(process)
-    card = {
-        "benchmark": "recipe",
-        "gpus": gpus,
-        "global_batch_size": batch,
-        "local_batch_size": batch // gpus,
-    }
-    card |= {"strategy": "fsdp2" if "fsdp2" in name else "ddp", "behind": more, "device": machine.describe()}
-    card |= {"profile": asdict(PROFILES["gpu80"]), "weights": "random"}
-    steps = trained(folder)
-    # a step after an evaluation or a checkpoint has waited for it
-    timed = [
-        row for row, before in zip(steps[WARM:], steps[WARM - 1 :], strict=False) if "eval_loss" not in before
-    ]
-    if process.returncode or not timed:
-        return card | {"error": why_it_failed(folder / "run.log"), "log": tail(folder / "run.log")}
-    return card | {
-        "tokens_per_second": round(sum(r["tokens"] for r in timed) / sum(r["seconds"] for r in timed), 1),
-        "seconds_per_step_median": round(statistics.median(row["seconds"] for row in timed), 4),
-        "steps_timed": len(timed),
-        "passes": [row["passes"] for row in steps],
-        "peak_allocated_gib_first_gpu": round(max(row["memory_gib"] for row in steps), 2),
-        "losses": [row["loss"] for row in steps],
-        "steps": steps,
-    }
-
-
-def tail(log: Path) -> str:
-    return log.read_text(errors="replace")[-2000:]
+def folder_of(changes: list[str]) -> Path:
+    named = [change for change in changes if change.startswith("--checkpoint.checkpoint_dir=")]
+    return Path(named[-1].partition("=")[2])
 
 
 def kill_all(torchrun: subprocess.Popen) -> None:
@@ -179,94 +119,263 @@ def kill_all(torchrun: subprocess.Popen) -> None:
     family = psutil.Process(torchrun.pid).children(recursive=True)
     torchrun.kill()
     for process in family:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(family, timeout=60)
     torchrun.wait()
 
 
-def kill_and_resume(name: str, args: argparse.Namespace, seconds: float) -> dict:
-    """The run `name` again, all of it killed after its first checkpoint, and started again to its end."""
-    gpus, batch, more = RUNS[name]
-    folder, ends = args.folder / f"{name}_killed", time.monotonic() + seconds
-    more = [*more, "--peft.dropout=0.0"]
-    changes = behind(args.folder / "model", folder, gpus, batch, args.steps, more)
-    process = start(changes, gpus, folder / "run.log")
-    while process.poll() is None and not (folder / "LATEST").exists() and time.monotonic() < ends:
-        time.sleep(0.1)
-    kill_all(process) if process.poll() is None else None
-    before = trained(folder)
-    for file in folder.glob("*.jsonl"):  # so that only the resumed run's lines are read
-        file.rename(folder / f"killed_{file.name}.txt")
-    code = start(changes, gpus, folder / "run.log").wait(max(1, ends - time.monotonic()))
-    after = trained(folder)
-    return {
-        "exit_code": code,
-        "steps_before": [row["step"] for row in before],
-        "losses_before": [row["loss"] for row in before],
-        "steps_after": [row["step"] for row in after],
-        "losses_after": [row["loss"] for row in after],
-    }
+def ended(process: subprocess.Popen, folder: Path, seconds: float = 300) -> list[dict]:
+    """The steps of a run once it has ended: loss, tokens, seconds, passes and memory of each.
+
+    Raises:
+        RuntimeError: it failed or took too long, with the first error of its log.
+    """
+    from fiqa_helpers.machinery.recipe import read_metrics, why_it_failed
+
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        kill_all(process)
+        code = "out of time"
+    if code:
+        print((folder / "run.log").read_text(errors="replace")[-3000:], flush=True)
+        raise RuntimeError(f"{code}: {why_it_failed(folder / 'run.log')}")
+    steps = [row for row in read_metrics(folder) if "loss" in row]
+    return [row | {"seconds": row["tokens"] / row["tokens_per_second"]} for row in steps]
+
+
+def train(changes: list[str], gpus: int) -> list[dict]:
+    """The steps of one run, from its start to its end."""
+    return ended(start(changes, gpus), folder_of(changes))
+
+
+def undisturbed(steps: list[dict]) -> list[dict]:
+    """Steps to be timed: kernels are chosen in the first ones; one after an evaluation has waited for it."""
+    pairs = zip(steps[WARM_UP:], steps[WARM_UP - 1 :], strict=False)
+    return [row for row, before in pairs if "eval_loss" not in before]
+
+
+# -- speed
+
+
+def speed(args: argparse.Namespace) -> None:
+    from random_8b import FOLDER, make_random_8b
+
+    from fiqa_helpers.machinery import machine
+
+    model = make_random_8b(args.folder / "small", small=True) if args.small else FOLDER
+    if not args.small:  # in a process of its own, so that the GPU is free afterwards
+        subprocess.run([sys.executable, HERE / "random_8b.py", model], check=True)
+    beside = args.folder / "gpu80.json"
+    if cards():
+        command = [sys.executable, HERE / "contenders.py", "gpu80", beside, "--steps", str(args.steps)]
+        subprocess.run(command, check=True)
+    notebook = json.loads(beside.read_text())["tokens_per_second"] if beside.exists() else None
+    print(f"notebook 04's trainer: {notebook} tokens/s", flush=True)
+    for name, (gpus, batch, more) in chosen(args, SPEED):
+        changes = [*random_rows(model, args.folder / name, gpus, batch, args.steps), *more]
+        card = {"gpus": gpus, "global_batch_size": batch, "local_batch_size": batch // gpus}
+        card |= {"benchmark": "recipe", "strategy": "fsdp2" if more == FSDP2 else "ddp", "behind": more}
+        card |= {"device": machine.describe(), "profile": asdict(PROFILES["gpu80"]), "weights": "random"}
+        try:
+            steps = train(changes, gpus)
+        except RuntimeError as error:
+            print(f"{name}: {error}", flush=True)
+            continue
+        timed = undisturbed(steps)
+        card |= {
+            "tokens_per_second": round(sum(r["tokens"] for r in timed) / sum(r["seconds"] for r in timed), 1),
+            "seconds_per_step_median": round(statistics.median(row["seconds"] for row in timed), 4),
+            "steps_timed": len(timed),
+            "passes": [row["passes"] for row in steps],
+            "peak_reserved_gib_first_gpu": round(max(row["memory_gib"] for row in steps), 2),
+            "losses": [row["loss"] for row in steps],
+            "notebook_tokens_per_second": notebook,
+        }
+        write_card(args.out / f"{name}.json", **card)
+        print(f"{name}: {card['tokens_per_second']:,.0f} tokens/s, losses {card['losses'][:3]}", flush=True)
+
+
+def chosen(args: argparse.Namespace, runs: dict) -> list:
+    """Runs that this machine has the GPUs for, and that were asked for, while there is time."""
+    names = args.only.split(",") if args.only else list(runs)
+    ends, longest = time.monotonic() + 60 * args.minutes, 45.0
+    for name in names:
+        if runs[name][0] > max(cards(), 2 * args.small) or time.monotonic() + longest > ends:
+            print(f"{name}: too few GPUs, or no time left", flush=True)
+            continue
+        began = time.monotonic()
+        yield name, runs[name]
+        longest = max(longest, time.monotonic() - began)
+        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+# -- the same losses on any number of GPUs, and as notebook 04
+
+
+def smollm2(args: argparse.Namespace):
+    """(profile, folder of its model): the reference settings, SmolLM2's real weights, packaged rows."""
+    from fiqa_helpers import model
+
+    named = ("tiny", "") if args.small else ("gpu80", "{model: packaged, data: packaged}")
+    profile = load_profile(*named)
+    profile = replace(profile, max_steps=args.steps, eval_rows=48)
+    return profile, model.model_path(profile)
+
+
+def real_rows(args: argparse.Namespace, output: Path, gpus: int) -> list[str]:
+    """Behind the recipe for a run of `agree`."""
+    profile, model = smollm2(args)
+    changes = behind(model, output, gpus, profile.batch_size, args.steps, min(SAVED, args.steps // 2))
+    for name, count in (("dataset", profile.train_rows), ("validation_dataset", profile.eval_rows)):
+        changes += [f"--{name}.folder={args.folder / 'fiqa'}", f"--{name}.rows={count}"]
+        changes += [f"--{name}.max_length={profile.max_length}"]
+    return [*changes, f"--model.torch_dtype={profile.dtype}", f"--optimizer.lr={profile.learning_rate}"]
+
+
+def agree(args: argparse.Namespace) -> None:
+    from fiqa_helpers import data
+
+    (args.folder / "fiqa").mkdir(exist_ok=True)
+    data.write_processed(data.load_fiqa("packaged"), args.folder / "fiqa")
+    found = {}
+    command = [sys.executable, __file__, "notebook", args.folder, "--steps", str(args.steps)]
+    subprocess.run([*command, *["--small"] * args.small], check=True)
+    found["notebook"] = json.loads((args.folder / "notebook.json").read_text())
+    for wave in waves(AGREE, max(cards(), 2 * args.small)):
+        going = {}
+        for name, gpus, more, first in wave:
+            going[name] = start([*real_rows(args, args.folder / name, gpus), *more], gpus, first)
+        for name, process in going.items():
+            try:
+                steps = ended(process, args.folder / name)
+            except RuntimeError as error:
+                print(f"{name}: {error}", flush=True)
+                continue
+            found[name] = {
+                "losses": [row["loss"] for row in steps],
+                "validation_loss": [row["eval_loss"] for row in steps if "eval_loss" in row][-1],
+            }
+        write_agreement(args, found)
+    for name in found.keys() & AGREE.keys():
+        found[name]["validation_loss_in_peft"] = peft_loss(args, args.folder / name / "LATEST" / "model")
+    write_agreement(args, found)
+
+
+def waves(runs: dict, count: int) -> list[list[tuple]]:
+    """`runs` in groups that run side by side, each on GPUs of its own: (name, GPUs, behind, first GPU)."""
+    made, first = [[]], 0
+    for name, (gpus, more) in runs.items():
+        if gpus > count:
+            continue
+        if first + gpus > count:
+            made.append([])
+            first = 0
+        made[-1].append((name, gpus, more, first))
+        first += gpus
+    return made
+
+
+def write_agreement(args: argparse.Namespace, found: dict) -> None:
+    """`found` with distances: the first 20 steps from one GPU's, the validation loss from notebook 04's."""
+    one, notebook = found.get("ddp_1"), found["notebook"]
+    for name, run in found.items():
+        if one:
+            steps = zip(run["losses"][:20], one["losses"][:20], strict=True)
+            run["largest_step_difference"] = round(max(abs(a - b) for a, b in steps), 5)
+        run["validation_difference"] = round(run["validation_loss"] - notebook["validation_loss"], 5)
+        print(name, {key: value for key, value in run.items() if key != "losses"}, flush=True)
+    profile, _ = smollm2(args)
+    write_card(args.out / "recipe_agree.json", benchmark="recipe_agree", profile=asdict(profile), runs=found)
+
+
+def notebook(args: argparse.Namespace) -> None:
+    """Notebook 04's trainer on the rows of `agree`, on one GPU."""
+    from notebook_trainer import notebook_trainer
+
+    from fiqa_helpers import data
+
+    profile, _ = smollm2(args)
+    trainer = notebook_trainer(profile, args.folder / "notebook", data.read_processed(args.folder / "fiqa"))
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    found = {"losses": losses, "validation_loss": trainer.evaluate()["eval_loss"]}
+    (args.folder / "notebook.json").write_text(json.dumps(found))
+
+
+def peft_loss(args: argparse.Namespace, adapter: Path) -> float:
+    """The validation loss of a recipe's adapter on the base model, by transformers and PEFT alone."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from fiqa_helpers import data, model
+    from fiqa_helpers.rows import IGNORE_INDEX, encode_rows, pad_rows
+
+    profile, base = smollm2(args)
+    tokenizer = model.load_tokenizer(profile)
+    held_out = data.read_processed(args.folder / "fiqa")["validation"].take(profile.eval_rows)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=profile.dtype).to(profile.device)
+    tuned, total, tokens = PeftModel.from_pretrained(plain, adapter).eval(), 0.0, 0
+    for row in encode_rows(held_out, tokenizer, profile):
+        batch = {name: value.to(profile.device) for name, value in pad_rows([row], 0).items()}
+        with torch.no_grad():
+            total += tuned(**batch, num_items_in_batch=1).loss.item()
+        tokens += sum(label != IGNORE_INDEX for label in row["labels"])
+    return total / tokens
+
+
+# -- killed and resumed
+
+
+def resume(args: argparse.Namespace) -> None:
+    """`ddp_2` and `fsdp2_2` again, killed after their first checkpoint, and started again to the end."""
+    whole = json.loads((args.out / "recipe_agree.json").read_text())["runs"]
+    found = {}
+    for name in ("ddp_2", "fsdp2_2"):
+        folder = args.folder / f"{name}_killed"
+        changes = [*real_rows(args, folder, 2), *AGREE[name][1]]
+        process, ends = start(changes, 2), time.monotonic() + 120
+        while process.poll() is None and not (folder / "LATEST").exists() and time.monotonic() < ends:
+            time.sleep(0.02)
+        kill_all(process)
+        for file in folder.glob("*.jsonl"):  # so that only the resumed run's lines are read
+            file.rename(folder / f"killed_{file.name}.txt")
+        saved = int((folder / "LATEST").resolve().name.rpartition("_")[2]) + 1
+        steps = train(changes, 2)
+        pairs = [(row["loss"], whole[name]["losses"][row["step"] - 1]) for row in steps]
+        found[name] = {
+            "saved_after_step": saved,
+            "went_on_at_step": steps[0]["step"],
+            "largest_step_difference": round(max(abs(a - b) for a, b in pairs), 5),
+            "last_losses": pairs[-1],
+            "validation_losses": [steps[-1]["eval_loss"], whole[name]["validation_loss"]],
+        }
+        print(name, found[name], flush=True)
+        write_card(args.out / "recipe_resume.json", benchmark="recipe_resume", runs=found)
 
 
 def main() -> None:
+    parts = {"speed": speed, "agree": agree, "resume": resume, "notebook": notebook}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="for the model, the runs and the results")
-    parser.add_argument("--steps", type=int, default=14, help="optimizer steps of each, 3 of them to warm up")
-    parser.add_argument("--minutes", type=float, default=7, help="begin no run that would end later")
-    parser.add_argument("--only", default=",".join(RUNS), help="names of RUNS, with commas")
+    parser.add_argument("part", choices=parts, help="notebook is a piece of agree")
+    parser.add_argument("folder", type=Path, help="for models and runs")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the result files")
+    parser.add_argument("--steps", type=int, help=f"optimizer steps (speed 14, else {STEPS})")
     parser.add_argument(
-        "--kill", action="store_true", help="also kill and resume both strategies on two GPUs"
+        "--minutes", type=float, default=9, help="of speed: begin no run that would end later"
     )
-    parser.add_argument("--small", action="store_true", help="two narrow layers, to try this on a CPU")
-    parser.add_argument("--notebook-to", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="of speed: names of result files, with commas")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to try this on a CPU")
     args = parser.parse_args()
-    args.folder = args.folder.resolve()
-    if args.notebook_to:
-        args.notebook_to.write_text(json.dumps(notebook(args.folder / "model", args.steps)))
-        return
-    began, longest = time.monotonic(), 60.0
-
-    def left() -> float:
-        return 60 * args.minutes - (time.monotonic() - began)
-
-    args.folder.mkdir(parents=True, exist_ok=True)
-    if not (args.folder / "model").is_dir():
-        make_model(args.folder / "model", args.small)
-    print(f"the model is there after {time.monotonic() - began:.0f} s", flush=True)
-    beside = args.folder / "notebook.json"
-    line = [
-        sys.executable,
-        __file__,
-        str(args.folder),
-        "--steps",
-        str(args.steps),
-        "--notebook-to",
-        str(beside),
-    ]
-    subprocess.run(line, timeout=max(1, left()), check=False)
-    trainer = json.loads(beside.read_text()) if beside.is_file() else {}
-    print(f"notebook 04's trainer: {trainer} after {time.monotonic() - began:.0f} s", flush=True)
-    for name in args.only.split(","):
-        if left() < longest:
-            print(f"{name}: no time left", flush=True)
-            continue
-        started = time.monotonic()
-        card = recipe_run(name, args, left())
-        card["notebook_tokens_per_second"] = trainer.get("tokens_per_second")
-        write_card(args.folder / f"recipe_{name}.json", **card)
-        longest = max(longest, time.monotonic() - started)
-        shown = card.get("error") or (
-            f"{card['tokens_per_second']:,.0f} tokens/s, {card['peak_allocated_gib_first_gpu']} GiB, "
-            f"passes {card['passes']}, losses {card['losses'][:3]}"
-        )
-        print(f"{name}: {shown} [{time.monotonic() - started:.0f} s]\n{card.get('log', '')}", flush=True)
-    for name in ("2gpu_ddp", "2gpu_fsdp2") if args.kill else ():
-        if left() > 2 * longest:
-            found = kill_and_resume(name, args, left())
-            write_card(args.folder / f"recipe_{name}_killed.json", benchmark="recipe_killed", **found)
-            print(f"{name}, killed and resumed: {found}", flush=True)
+    args.folder, args.out = args.folder.resolve(), args.out.resolve()
+    args.steps = args.steps or (14 if args.part == "speed" else STEPS)
+    for folder in (args.folder, args.out):
+        folder.mkdir(parents=True, exist_ok=True)
+    parts[args.part](args)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Answers from a model, batched or as they are written in the playground of notebook 05."""
 
+import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from fiqa_helpers.rows import encode_prompt
 from fiqa_helpers.show import answer_clicks_while_busy, answers, escape
 
 if TYPE_CHECKING:
+    from ipywidgets import VBox
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -107,6 +109,67 @@ def _answer(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> Answer:
     if stopped:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
     return Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), stopped, len(ids))
+
+
+# --- The blind test of notebook 05: whose answer is this?
+
+UNTUNED = "untuned"  # the one name that the classifier of `metrics.train_voice` knows
+
+
+@dataclass(frozen=True)
+class Card:
+    """The beginning of an answer and who gave it."""
+
+    question: str
+    text: str
+    truth: str
+    heard: str  # what the classifier says, with its voice; empty without one
+
+
+def blind_cards(
+    questions: Sequence[str],
+    answers: Mapping[str, Sequence[str]],
+    voice: Callable[[str], float] | None = None,
+    count: int = 10,
+    seed: int = 0,
+) -> list[Card]:
+    """`count` of all `answers`, 60 words each, in random order.
+
+    `answers` holds under each name, `UNTUNED` among them, one answer for each of `questions`.
+    """
+    cards = []
+    for name, texts in answers.items():
+        for question, text in zip(questions, texts, strict=True):
+            text = " ".join(text.split()[:60])
+            heard = voice(text) if voice else None
+            said = "" if heard is None else f"{UNTUNED if heard < 0.5 else 'another'} (voice {heard:.2f})"
+            cards.append(Card(question, text, name, said))
+    return random.Random(seed).sample(cards, min(count, len(cards)))
+
+
+def blind_test(cards: Sequence[Card]) -> "VBox":
+    """The cards to guess at, for a person. A guess turns its card and counts; a second one does not."""
+    import ipywidgets as w
+
+    names, guesses = sorted({card.truth for card in cards}), {}
+
+    def box(card: Card) -> "VBox":
+        buttons, told = w.ToggleButtons(options=names, value=None), w.HTML()
+
+        def turn(change: dict) -> None:
+            guesses.setdefault(card, change["new"])
+            right = sum(card.truth == guess for card, guess in guesses.items())
+            caught = sum(card.heard.startswith(UNTUNED) == (card.truth == UNTUNED) for card in guesses)
+            told.value = f"It is: {card.truth}. You: {right} of {len(guesses)} right."
+            if card.heard:
+                told.value += (
+                    f" The classifier says {card.heard}; {caught} right, as it knows only {UNTUNED}."
+                )
+
+        buttons.observe(turn, "value")
+        return w.VBox([w.HTML(f"<b>{escape(card.question)}</b><br>{escape(card.text)}"), buttons, told])
+
+    return w.VBox([box(card) for card in cards])
 
 
 # --- The playground of notebook 05: ask a question, read the base and the tuned answer as they are written.

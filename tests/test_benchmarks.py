@@ -18,18 +18,21 @@ def module(monkeypatch):
     return importlib.import_module
 
 
-def test_readme_holds_what_was_measured(module):
+def test_pages_hold_what_was_measured(module):
     """A table edited by hand, or results without a new table: a figure nobody measured."""
     report = module("report")
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
-    assert f"{report.BEGIN}\n{report.section(report.load())}\n{report.END}" in text
+    lines, page = report.pages()
+    assert f"{report.BEGIN}\n{lines}\n{report.END}" in report.README.read_text(encoding="utf-8")
+    assert page == report.PAGE.read_text(encoding="utf-8")
 
 
-def test_every_contender_has_a_result_or_is_named_as_missing(module):
-    """A peer left out because its result did not please."""
-    contenders, report = module("contenders"), module("report")
-    named = {run["name"] for run in report.load()["runs"]}
-    assert named == set(contenders.CONTENDERS)
+def test_every_contender_has_a_source_and_a_result_or_is_named_as_missing(module):
+    """A peer left out because its result did not please, or run with settings of our own choice."""
+    contenders, report = module("contenders").CONTENDERS, module("report")
+    assert {run["name"] for run in report.read("gpu")["runs"]} == set(contenders)
+    for name, contender in contenders.items():
+        first = contender.source.split(" ")[0].strip(",;")
+        assert first.startswith("https://") or (PROJECT / first).is_file(), name
 
 
 def test_rows_have_the_measured_lengths(module):
@@ -47,12 +50,12 @@ def test_memory_ledger_within_a_tenth_of_what_was_measured(module):
     from fiqa_helpers.machinery import machine
     from fiqa_helpers.profiles import PROFILES
 
-    for run in module("report").load()["runs"][:2]:
+    for run in module("report").read("gpu")["runs"][:2]:
         predicted = machine.predict_memory(PROFILES[run["name"]], machine.nemotron_config())
         assert predicted["total"] == pytest.approx(run["peak_reserved_with_evaluation_gib"], rel=0.1)
 
 
-@pytest.mark.parametrize("script", ["bench.py", "contenders.py", "laptop.py"])
+@pytest.mark.parametrize("script", ["bench.py", "recipe_bench.py", "laptop.py"])
 def test_scripts_explain_themselves(script):
     """--help is the manual, and must not need a GPU."""
     command = [sys.executable, PROJECT / "benchmarks" / script, "--help"]

@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fiqa_helpers import data, model
 from fiqa_helpers.base import WorkshopError, project_root
-from fiqa_helpers.machinery.fast import register_packed_attention
+from fiqa_helpers.machinery.fast import lighten_norms, register_packed_attention
 from fiqa_helpers.machinery.live import TRAINING, LivePanel
 from fiqa_helpers.machinery.machine import NEMOTRON, peak_memory_gib
 from fiqa_helpers.profiles import planned_profile
@@ -101,6 +101,8 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
     def setup(self) -> None:
         with end_all_together():
             super().setup()
+        if torch.cuda.is_available():
+            lighten_norms(self.model_parts[0])
         self.tokens_per_pass = self.cfg.get("packing.tokens_per_pass")
         folder = f"{self.checkpointer.config.checkpoint_dir}/tensorboard"
         self.boards = SummaryWriter(folder) if self.dist_env.is_main else None
@@ -113,8 +115,9 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
         idle = packed_collate([{"input_ids": [0, 0], "labels": [IGNORE_INDEX] * 2}])
         record = super()._run_train_optim_step(passes + [idle] * (most - len(passes)), max_grad_norm)
         record.metrics |= {"lr": rate, "steps": self.step_scheduler.max_steps, "passes": most}
-        if not torch.cuda.is_available():
-            record.metrics["mem"] = peak_memory_gib()
+        record.metrics["mem"] = (
+            peak_memory_gib()
+        )  # NeMo's own would be 0 on a CPU, and leave out what is reserved
         return record
 
     def log_train_metrics(self, log_data) -> None:
@@ -280,7 +283,7 @@ def run_recipe(changes: Sequence[str], panel: LivePanel, gpus: int = 1) -> Path:
     environment = os.environ | {"OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
     with (folder / "run.log").open("ab") as log, panel:
         options = dict(stdout=log, stderr=log, env=environment, start_new_session=True)
-        options["preexec_fn"] = _end_with_parent if sys.platform == "linux" else None
+        options["preexec_fn"] = end_with_parent if sys.platform == "linux" else None
         process = subprocess.Popen(launch(changes, gpus), **options)
         try:
             follow(process, folder, panel)
@@ -295,7 +298,7 @@ def run_recipe(changes: Sequence[str], panel: LivePanel, gpus: int = 1) -> Path:
     return adapter.resolve()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """When the kernel dies, torchrun gets SIGTERM and ends its processes (Linux: PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
