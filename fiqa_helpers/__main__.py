@@ -227,7 +227,8 @@ def ask(
 @app.command()
 def compare(folders: Folders) -> None:
     """List tries beside one another, from their run cards: who, what came out, what was changed."""
-    lines = [["who", "topic (95 % interval)", "voice", "ended", "last notebook", "profile, changed settings"]]
+    head = "who|notebook 04|topic, 95 % interval|voice|ended|last notebook|profile, changed settings"
+    lines = [head.split("|")]
     lines += map(line_of, folders)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
@@ -239,7 +240,7 @@ def line_of(folder: str) -> list[str]:
     paths = sorted(Path(folder).glob("outputs/run_cards/*.json"))
     cards = {path.stem: card for path in paths if (card := read_card(path))}
     if not cards:
-        return [folder, *[""] * 4, "no run cards here"]
+        return [folder, *[""] * 5, "no run cards here"]
     shapes = {
         "similarity": "{base:.2f} -> {tuned:.2f} ({low:+.2f} to {high:+.2f}, {rows} rows)",
         "voice": "{base:.2f} -> {tuned:.2f}",
@@ -251,7 +252,8 @@ def line_of(folder: str) -> list[str]:
     profile = from_card(last["profile"])
     pairs = {name: (getattr(profile, name), getattr(PROFILES[profile.name], name)) for name in SETTINGS}
     changed = [f"{name} {value}" for name, (value, usual) in pairs.items() if value != usual]
-    return [folder, *results, last["notebook"], ", ".join([profile.name, *changed])]
+    loss = cards.get("04", {"figure": "-"})["figure"]
+    return [folder, loss, *results, last["notebook"], ", ".join([profile.name, *changed])]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -120,6 +120,7 @@ def test_compare_lists_the_tries_of_a_class(tmp_path, capsys):
     topic, ended = found["similarity"], found["stopped"]
     assert f"{topic['base']:.2f} -> {topic['tuned']:.2f} ({topic['low']:+.2f} to {topic['high']:+.2f}" in ann
     assert f"{ended['base']:.0%} -> {ended['tuned']:.0%}" in ann and "06_evaluate" in ann
+    assert json.loads((CARDS / "04.json").read_text())["figure"] in ann
     assert "lora_rank 16" in bob and "04_train" in bob and "lora_rank" not in ann and "epochs" not in bob
     assert [line.index("laptop") for line in (ann, bob)] == [head.index("profile")] * 2
     assert nobody.startswith(str(folders[2])) and nobody.endswith("no run cards here")
