@@ -79,7 +79,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("FIQA_CACHE") or home / "fiqa-workshop")
 
 
-def made(folder: Path, setting: str) -> Path:
+def writable_folder(folder: Path, setting: str) -> Path:
     """`folder`, made if need be; `setting` is where a person can name another one.
 
     Raises:
@@ -95,7 +95,9 @@ def made(folder: Path, setting: str) -> Path:
 def _folder(name: str) -> property:
     """A folder of the workspace: made when it is first asked for."""
     setting = "the parameter workdir"
-    return property(lambda self: made(self.root / name, setting), doc=f"`{name}` in the workspace.")
+    return property(
+        lambda self: writable_folder(self.root / name, setting), doc=f"`{name}` in the workspace."
+    )
 
 
 class Workspace:
@@ -180,12 +182,9 @@ def disk_errors(place: Path, remedy: str) -> Iterator[None]:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file; of a folder, the SHA-256 over one line `hash  relative/name` per file, sorted."""
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted((p.relative_to(path).as_posix(), p) for p in path.rglob("*") if p.is_file())
-    return hashlib.sha256("".join(f"{digest(p)}  {name}\n" for name, p in files).encode()).hexdigest()
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- Run cards: what a notebook did, on what, for how long, so that the next one can check what it builds
