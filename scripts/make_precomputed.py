@@ -84,7 +84,7 @@ def page(kept: model.KeptRun) -> str:
     evaluation, greedy = kept.evaluation, five["greedy"]
     answers = zip(five["questions"], greedy["base"], greedy["tuned"], strict=True)
     lines = metrics.table(evaluation["comparisons"], evaluation["floors"])
-    columns = [column for column in lines[0] if column != "better"]
+    columns = list(lines[0])
     return TEMPLATE.read_text(encoding="utf-8").format(
         label=kept.label,
         words=one["answer_words"],

@@ -31,7 +31,7 @@ def evaluation():
     return {
         "rows": 5,
         "test_rows": 100,
-        "comparisons": {"similarity": compare("similarity", base, tuned).as_row()},
+        "comparisons": {"similarity": asdict(compare("similarity", base, tuned))},
         "floors": {"echo the question": {"similarity": 0.527}, "another answer": {"similarity": 0.111}},
     }
 
