@@ -116,7 +116,7 @@ def test_a_read_only_folder_is_refused_at_once(small_disk):
         with pytest.raises(WorkshopError, match=r"Cannot write to "):
             getattr(Workspace(str(place)), name)
     with pytest.raises(WorkshopError, match="set FIQA_CACHE to a folder you may write to"):
-        base.made(place / "cache", "FIQA_CACHE")
+        base.writable_folder(place / "cache", "FIQA_CACHE")
 
 
 # --- run cards
