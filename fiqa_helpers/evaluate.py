@@ -1,4 +1,7 @@
-"""The evaluation of notebook 06: tuned against untuned on the same rows, scored, tabulated and drawn."""
+"""The evaluation of notebook 06: tuned against untuned on the same rows, scored, tabulated and drawn.
+
+The floors, answers that any model should beat, are scored here too (`score_floors`), by the same metrics.
+"""
 
 import asyncio
 import hashlib

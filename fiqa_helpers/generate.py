@@ -58,13 +58,7 @@ def generate_answers(
 
     if not questions:
         return []
-    ids = [encode_prompt(question, tokenizer, style) for question in questions]
-    longest, context = max(map(len, ids)), model.config.max_position_embeddings
-    if longest + max_new_tokens > context:
-        raise WorkshopError(
-            f"A prompt has {longest:,} tokens, and with {max_new_tokens:,} of an answer it must fit the "
-            f"{context:,} that this model reads: shorten the question."
-        )
+    ids = prompts(questions, tokenizer, style, model.config, max_new_tokens)
     inputs = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     was_training = model.training
@@ -87,11 +81,25 @@ def generate_answers(
     return [_answer(row, tokenizer) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
 
+def prompts(questions: Sequence[str], tokenizer, style: str, config, max_new_tokens: int) -> list[list[int]]:
+    """Token ids of one prompt a question, for a model with the configuration `config`.
+
+    Raises:
+        WorkshopError: a question with its answer is longer than what the model reads.
+    """
+    ids = [encode_prompt(question, tokenizer, style) for question in questions]
+    if max(map(len, ids)) + max_new_tokens > config.max_position_embeddings:
+        raise WorkshopError(
+            f"A prompt of {max(map(len, ids)):,} tokens and {max_new_tokens:,} of an answer do not fit the "
+            f"{config.max_position_embeddings:,} that this model reads: shorten the question."
+        )
+    return ids
+
+
 def _answer(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> Answer:
     """Cut generated ids at the first end token, which is found by id and never by searching the text."""
     stopped = tokenizer.eos_token_id in ids
-    if stopped:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    ids = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
     return Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), stopped, len(ids))
 
 

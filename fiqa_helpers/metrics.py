@@ -1,4 +1,7 @@
-"""What an answer is measured by, the floors beside every number, and whether a difference is real."""
+"""What an answer is measured by, and whether a difference between two models is real.
+
+`floors` writes the answers that any model should beat; they are scored in `evaluate.score_floors`.
+"""
 
 import math
 import random
@@ -70,7 +73,7 @@ class Similarity:
         return float((self.embed(references) @ self.embed([answer])[0]).max())
 
 
-# --- What an answer is measured by, one number each, and the floors that every number is shown beside.
+# --- What an answer is measured by, one number each.
 
 
 @dataclass(frozen=True)

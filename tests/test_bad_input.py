@@ -91,13 +91,9 @@ CASES = [
     parameter("02", "example", "3", "example is '3'", "-y or -f"),
     parameter("02", "example", -2, "example is -2"),
     parameter("02", "rows_per_batch", 0, "rows_per_batch is 0"),
-    parameter("05", "n_questions", "false", "n_questions is 'false'"),
     parameter("05", "n_questions", 0, "n_questions is 0"),
     parameter("05", "first_row", -1, "first_row is -1"),
-    parameter("05", "temperature", "hot", "temperature is 'hot'"),
     parameter("06", "rows", -1, "rows is -1"),
-    parameter("06", "no_repeat_ngram_size", "4", "no_repeat_ngram_size is '4'"),
-    parameter("06", "endpoint", 8000, "endpoint is 8000"),
     parameter("07", "processes", 0, "processes is 0"),
     # profiles that can't run
     Case("gpu80 without a GPU", "03", {"profile": "gpu80"}, ("gpu80", "GPU")),
@@ -111,12 +107,8 @@ CASES = [
     ),
     # overrides: syntax, names, types, ranges (more of them in test_profiles.py)
     overrides("max_steps", "overrides is 'max_steps'", "YAML mapping"),
-    overrides("{max_steps: 20", "mapping"),
     overrides("{max_step: 3}", "'max_step'", "did you mean max_steps?"),
-    overrides("{max_steps: soon}", "max_steps is 'soon'", "valid integer"),
     overrides("{batch_size: 0}", "batch_size is 0"),
-    overrides("{learning_rate: 0}", "learning_rate is 0"),
-    overrides("{lora_targets: 5}", "lora_targets is 5"),
     overrides("{dtype: float16}", "dtype is 'float16'", "'float32' or 'bfloat16'"),
     # data files
     overrides("{data: nowhere}", "data is 'nowhere'", "a folder or file that exists"),
@@ -213,17 +205,8 @@ def test_bad_input_ends_in_one_sentence(project, tmp_path, monkeypatch, shell, c
     assert not Path("/tmp/run-by-a-pickle").exists()
 
 
-UNDER_PAPERMILL = [
-    "profile 'GPU80'",
-    "overrides {max_step: 3}",
-    "profil 'laptop'",
-    "data 0 usable rows",
-    "adapter pickle",
-]
-
-
 @pytest.mark.notebooks
-@pytest.mark.parametrize("wrong", UNDER_PAPERMILL)
+@pytest.mark.parametrize("wrong", ["profil 'laptop'", "adapter pickle"])
 def test_papermill_exits_with_an_error_and_shows_the_sentence(project, tmp_path, wrong):
     """Headless, only the exit status keeps the next notebook from running."""
     (case,) = (case for case in CASES if case.wrong == wrong)

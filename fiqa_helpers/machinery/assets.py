@@ -98,7 +98,7 @@ def make_once(folder: Path, is_whole: Callable[[], bool], make: Callable[[Path],
         return
     work = folder.with_name(f".tmp-{folder.name}")
     with base.disk_errors(folder.parent, "set FIQA_CACHE to another folder"):
-        base.made(folder.parent, "FIQA_CACHE")
+        base.writable_folder(folder.parent, "FIQA_CACHE")
         with base.locked(folder.with_name(f".{folder.name}.lock")):
             if is_whole():  # another process was faster
                 return
