@@ -25,7 +25,7 @@ unexport VENV PROFILE OVERRIDES WORKDIR ONLY FRESH ARGS
 MAKEOVERRIDES =
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lab book executed bench env check preflight bundle lint format exercises clean-notebooks clean lock
+.PHONY: help run test test-slow lab book executed slides bench env check preflight bundle lint format exercises clean-notebooks clean lock
 
 help:  ## list these commands
 	@echo "make COMMAND [NAME=value ...]"
@@ -66,6 +66,9 @@ book: env  ## render the executed notebooks and the docs as a static site in out
 
 executed: env  ## write notebooks/executed from a run: the notebooks with their results, to read without running
 	@$(python) scripts/executed.py "$$FIQA_WORKDIR"
+
+slides: env  ## write outputs/slides.html: the notebooks' figures, plots and predictions, for a projector
+	@$(python) scripts/slides.py
 
 bench: env  ## speed beside TRL, NeMo and others: on a GPU the 8B model (about 6 minutes), else the laptop profile
 	@$(call extra,bench,trl)

@@ -55,7 +55,7 @@ def on_gpu(args: argparse.Namespace) -> None:
 
 
 def run(name: str, args: argparse.Namespace, seconds: float) -> dict:
-    """The result of one contender; a failure is a result too, with the end of what it said."""
+    """The result of one contender; a failure is a result too, with the last line of what it said."""
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "result.json", Path(folder) / "log"
         command = [sys.executable, HERE / "contenders.py", name, out, "--steps", str(args.steps)]

@@ -1,50 +1,80 @@
 """Notebook 04's way to train, for what is held against it."""
 
-from pathlib import Path
+import time
+from collections.abc import Callable
 
 from fiqa_helpers import model
-from fiqa_helpers.profiles import Profile
 
 
-def notebook_trainer(profile: Profile, folder: Path, splits, base=None, **more):
-    """The AnswerTrainer of `profile` on a fresh adapter; nothing is saved, every step's loss is logged.
+def arguments(kind: type, folder: object, steps: int, batch: int, **more: object):
+    """Training arguments of `kind` that all contenders share; `batch` rows of a forward pass, 16 a step."""
+    settings = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=max(1, 16 // batch),
+        max_steps=steps,
+        learning_rate=2e-4,
+        lr_scheduler_type="linear",
+        warmup_steps=0.1,
+        logging_steps=5,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=42,
+        remove_unused_columns=False,
+    )
+    return kind(**settings | more)
 
-    `splits` hold FiQA's rows (train, validation); `base` stands in for the profile's model. `more` are
-    further TrainingArguments.
+
+def notebook_trainer(profile, folder, base, collator: Callable, train, validation=None, **more: object):
+    """The AnswerTrainer of `profile` with a fresh adapter on `base`; nothing is saved.
+
+    `train` and `validation` hold rows of tokens; `more` are further TrainingArguments.
     """
     from peft import get_peft_model
     from transformers import TrainingArguments, set_seed
 
-    from fiqa_helpers.machinery.fast import attention_implementation
-    from fiqa_helpers.rows import StepCollator, encode_rows
     from fiqa_helpers.trainer import AnswerTrainer
 
     set_seed(profile.seed)
-    tokenizer = model.load_tokenizer(profile)
-    base = base or model.load_base(profile, attention_implementation(profile.layout, profile.device))
-    counts = {"train": profile.train_rows, "validation": profile.eval_rows}
-    rows = {name: splits[name].take(n if n >= 0 else len(splits[name])) for name, n in counts.items()}
     settings = dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=profile.batch_size,
+        gradient_accumulation_steps=1,  # a batch is a step
         per_device_eval_batch_size=profile.batch_size,
-        max_steps=profile.max_steps,
         learning_rate=profile.learning_rate,
-        lr_scheduler_type="linear",
         warmup_steps=profile.warmup_ratio,
         gradient_checkpointing=profile.gradient_checkpointing,
-        save_strategy="no",
-        logging_steps=1,
-        remove_unused_columns=False,
         use_cpu=profile.device == "cpu",
         seed=profile.seed,
-        disable_tqdm=True,
-        report_to="none",
+        logging_steps=1,
     )
     return AnswerTrainer(
         model=get_peft_model(base, model.lora_config(profile)),
-        args=TrainingArguments(**settings | more),
-        train_dataset=encode_rows(rows["train"], tokenizer, profile),
-        eval_dataset=encode_rows(rows["validation"], tokenizer, profile),
-        data_collator=StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout),
+        args=arguments(TrainingArguments, folder, profile.max_steps, profile.batch_size, **settings | more),
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=collator,
     )
+
+
+def logged(trainer) -> list[float]:
+    """The losses that a Trainer has logged."""
+    return [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def clock(warm_up: int):
+    """A Trainer callback that notes the time after `warm_up` steps and after the last, the GPU done."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def __init__(self):
+            self.ends: list[float] = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step in (warm_up, state.max_steps):
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                self.ends.append(time.perf_counter())
+
+    return Clock()

@@ -292,15 +292,21 @@ def write_agreement(args: argparse.Namespace, found: dict) -> None:
 
 def notebook(args: argparse.Namespace) -> None:
     """Notebook 04's trainer on the rows of `agree`, on one GPU."""
-    from notebook_trainer import notebook_trainer
+    from notebook_trainer import logged, notebook_trainer
 
-    from fiqa_helpers import data
+    from fiqa_helpers import data, model
+    from fiqa_helpers.machinery.fast import attention_implementation
+    from fiqa_helpers.rows import StepCollator, encode_rows
 
     profile, _ = smollm2(args)
-    trainer = notebook_trainer(profile, args.folder / "notebook", data.read_processed(args.folder / "fiqa"))
+    tokenizer, splits = model.load_tokenizer(profile), data.read_processed(args.folder / "fiqa")
+    train = splits["train"] if profile.train_rows < 0 else splits["train"].take(profile.train_rows)
+    rows = [encode_rows(split, tokenizer, profile) for split in (train, splits["validation"])]
+    collator = StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout)
+    base = model.load_base(profile, attention_implementation(profile.layout, profile.device))
+    trainer = notebook_trainer(profile, args.folder / "notebook", base, collator, *rows)
     trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    found = {"losses": losses, "validation_loss": trainer.evaluate()["eval_loss"]}
+    found = {"losses": logged(trainer), "validation_loss": trainer.evaluate()["eval_loss"]}
     (args.folder / "notebook.json").write_text(json.dumps(found))
 
 

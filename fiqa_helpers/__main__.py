@@ -7,8 +7,6 @@ import contextlib
 import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -19,12 +17,11 @@ import typer
 import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
-from tqdm import tqdm
 
-from fiqa_helpers import generate, model, rows, show
+from fiqa_helpers import generate, model, show
 from fiqa_helpers.base import WorkshopError, Workspace, disk_errors, project_root, read_card
 from fiqa_helpers.machinery import checks
-from fiqa_helpers.profiles import load_profile, planned_profile
+from fiqa_helpers.profiles import PROFILES, SETTINGS, from_card, load_profile, planned_profile
 from fiqa_helpers.run import start as start_notebook
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
@@ -37,7 +34,7 @@ Fresh = Annotated[bool, Option("--fresh", help="train anew instead of resuming a
 Own = Annotated[list[str], Option("-p", metavar="NAME=VALUE", help="a notebook's own parameter: -p rows=48")]
 Offline = Annotated[bool, Option("--offline", help="the night before: model and data are on this disk")]
 Questions = Annotated[list[str], typer.Argument(metavar="QUESTION...", help="in quotation marks")]
-Folders = Annotated[list[str], typer.Argument(metavar="FOLDER...", help="what was --workdir of a run")]
+Folders = Annotated[list[str], typer.Argument(metavar="FOLDER...", help="what was --workdir of a try")]
 
 
 @app.command()
@@ -53,17 +50,18 @@ def run(
     load_profile(profile, overrides)  # a wrong one is refused before a kernel starts
     workspace = Workspace(workdir)
     notebooks = choose(project_root() / "notebooks", only)
-    own = own_parameters(notebooks, [*parameters, *(["on_existing=fresh"] if fresh else [])])
+    own = own_parameters(notebooks, parameters, fresh)
     use_own_kernel()
     # The kernel works in the project's folder: a relative workdir is the caller's.
     common = {"profile": profile, "overrides": overrides, "workdir": workdir and str(workspace.root)}
-    table = []
     for position, notebook in enumerate(notebooks, start=1):
-        start = time.time()
         label = f"[{position}/{len(notebooks)}] {notebook.stem}"
-        figure = execute(notebook, workspace, common | own[notebook], label)
-        table.append(f"{notebook.stem:20} {(time.time() - start) / 60:5.1f} min  {figure}")
-    print("", *table, f"\nExecuted notebooks: {workspace.outputs / 'executed'}", sep="\n")
+        execute(notebook, workspace, common | own[notebook], label)
+    print()
+    for path in [workspace.run_cards / f"{notebook.name[:2]}.json" for notebook in notebooks]:
+        if card := read_card(path):
+            print(f"{card['notebook']:20} {card['seconds'] / 60:5.1f} min  {card['figure']}")
+    print(f"\nExecuted notebooks: {workspace.outputs / 'executed'}")
 
 
 def choose(folder: Path, only: str = "") -> list[Path]:
@@ -84,25 +82,25 @@ def choose(folder: Path, only: str = "") -> list[Path]:
     return [notebooks[number] for number in sorted(wanted or notebooks)]
 
 
-def own_parameters(notebooks: list[Path], given: list[str]) -> dict[Path, dict]:
+def own_parameters(notebooks: list[Path], given: list[str], fresh: bool = False) -> dict[Path, dict]:
     """What each notebook gets of `given` (texts NAME=VALUE, the value as YAML): what its parameters cell has.
+
+    `fresh` is for those that can resume; the others have nothing to begin anew.
 
     Raises:
         WorkshopError: none of `notebooks` has a parameter of that name.
     """
-    own = {notebook: {} for notebook in notebooks}
-    for text in given:
-        name, _, value = text.partition("=")
-        having = [notebook for notebook in notebooks if name in papermill.inspect_notebook(str(notebook))]
-        if not having:
-            raise WorkshopError(f"{text}: no such parameter in {', '.join(path.stem for path in notebooks)}.")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise WorkshopError(f"-p {text}: {value!r} is no YAML value.") from None
-        for notebook in having:
-            own[notebook][name] = parsed
-    return own
+    known = {notebook: papermill.inspect_notebook(str(notebook)) for notebook in notebooks}
+    values = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in given)}
+    for name in values:
+        if not any(name in names for names in known.values()):
+            raise WorkshopError(f"-p {name}: no such parameter in {', '.join(path.stem for path in known)}.")
+    if fresh:
+        values["on_existing"] = "fresh"
+    return {
+        notebook: {name: value for name, value in values.items() if name in names}
+        for notebook, names in known.items()
+    }
 
 
 def use_own_kernel() -> None:
@@ -117,10 +115,10 @@ def use_own_kernel() -> None:
         raise WorkshopError(f"{kernel.detail}: {kernel.remedy}.")
 
 
-def execute(notebook: Path, workspace: Workspace, values: dict, label: str) -> str:
-    """Run one notebook with `values` as parameters; returns the main figure of its run card.
+def execute(notebook: Path, workspace: Workspace, values: dict, label: str) -> None:
+    """Run one notebook with `values` as parameters.
 
-    What was executed stays in outputs/executed/ either way.
+    What was executed stays in outputs/executed/ either way. A terminal sees papermill's bar, a log one line.
 
     Raises:
         WorkshopError: a cell failed, the kernel died, the disk is full, or Jupyter has no fitting kernel.
@@ -129,29 +127,26 @@ def execute(notebook: Path, workspace: Workspace, values: dict, label: str) -> s
     output.parent.mkdir(exist_ok=True)
     paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, output)]
     disk = disk_errors(output.parent, "set workdir to another folder, then run the same command again")
-    start = time.time()
+    if not sys.stderr.isatty():
+        typer.echo(f"{label} ...", err=True)
     try:
-        with disk, passing_signals_on() as told, signs_of_life(label):
+        with disk, passing_signals_on() as told:
             papermill.execute_notebook(
                 *paths,  # papermill formats them: braces are doubled
                 parameters=values,
                 kernel_name="python3",
-                progress_bar={"desc": label} if sys.stderr.isatty() else False,
+                progress_bar={"desc": label, "disable": None},  # None: where no terminal is
                 cwd=project_root(),
                 # ipykernel's own log: a warning about local ports, a traceback when it is interrupted.
                 extra_arguments=["--IPKernelApp.log_level=50"],
             )
+        return
     except PapermillExecutionError as error:
-        kind = "" if error.ename == "WorkshopError" else f"{error.ename}: "
-        why = f"{kind}{error.evalue}\nExecuted so far: {output}"
+        why = f"{error.ename}: {error.evalue}\nExecuted so far: {output}".removeprefix("WorkshopError: ")
     except DeadKernelError:
         why = "its kernel died, most often because memory ran out: lower tokens_per_batch with overrides."
         if told:
             why = f"{signal.Signals(told[0]).name} came; `--only {notebook.name[:2]}-` begins with it again."
-    else:
-        path = workspace.run_cards / f"{notebook.name[:2]}.json"
-        card = read_card(path) if path.is_file() and path.stat().st_mtime >= start - 1 else None
-        return card["figure"] if card else "no run card was written"
     if signal.SIGINT in told:
         typer.echo(f"\n{notebook.stem} stopped: {why}", err=True)
         raise typer.Exit(130)
@@ -169,10 +164,8 @@ def passing_signals_on() -> Iterator[list[int]]:
 
     def pass_on(number: int, frame: object) -> None:
         kernels = psutil.Process().children()
-        if not kernels:  # it has not started yet
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            raise WorkshopError("Told to stop before the kernel had started: nothing was lost.")
+        if not kernels:  # it has not started yet: nothing is lost
+            raise KeyboardInterrupt
         if not told:
             kernels[0].terminate()
         elif number == signal.SIGINT:  # a second Ctrl-C: at once; a second SIGTERM waits for the checkpoint
@@ -187,23 +180,6 @@ def passing_signals_on() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def signs_of_life(label: str, seconds: float = 60) -> Iterator[None]:
-    """One line when a notebook begins and one a minute: a log says which one runs, and that it does."""
-    start, ended = time.monotonic(), threading.Event()
-
-    def keep_saying() -> None:
-        tqdm.write(f"{label}  started", file=sys.stderr)
-        while not ended.wait(seconds):
-            tqdm.write(f"{label}  {(time.monotonic() - start) / 60:.0f} min", file=sys.stderr)
-
-    threading.Thread(target=keep_saying, daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
 
 
 @app.command()
@@ -236,10 +212,8 @@ def ask(
     folder = model.adapter_folder(begun.workspace, profile)
     model.check_adapter(folder, profile)
     tokenizer = model.load_tokenizer(profile)
-    longest = max(len(rows.encode_prompt(question, tokenizer, profile.prompt)) for question in questions)
-    room = model.base_config(profile).max_position_embeddings - profile.max_new_tokens
-    if longest > room:  # transformers would answer past the model's context, and badly
-        raise WorkshopError(f"A question has {longest:,} tokens, and there is room for {room:,}: shorten it.")
+    # Refused before the weights are loaded, if a question is too long.
+    generate.prompts(questions, tokenizer, profile.prompt, model.base_config(profile), profile.max_new_tokens)
     typer.echo("Loading the base model and the adapter; then both answer ...", err=True)
     from peft import PeftModel  # takes seconds
 
@@ -252,28 +226,34 @@ def ask(
 
 @app.command()
 def compare(folders: Folders) -> None:
-    """Print what was set differently in two or more runs, and what came out, from their run cards."""
-    import pandas as pd
+    """List tries beside one another, from their run cards: who, what came out, what was changed."""
+    head = "who|notebook 04|topic, 95 % interval|voice|ended|last notebook|profile, changed settings"
+    lines = [head.split("|")]
+    lines += map(line_of, folders)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
-    settings, results = {}, {}
-    for folder in folders:
-        paths = sorted(Path(folder).glob("outputs/run_cards/*.json"))
-        cards = [card for path in paths if (card := read_card(path))]
-        if not cards:
-            raise WorkshopError(f"{folder} holds no run cards: name what was the workdir of a run.")
-        card = max(cards, key=lambda card: card["written"])
-        device = card["device"] | {"gpu": (card["device"]["gpu"] or {}).get("name", "none")}
-        settings[folder] = {**card["profile"], **card["versions"], **device, "git": card["git_revision"]}
-        results[folder] = {c["notebook"]: f"{c['figure']} ({c['seconds'] / 60:.1f} min)" for c in cards}
-    table = pd.DataFrame(settings).astype(str)
-    differing = table[table.nunique(axis=1) > 1]
-    tables = {"Settings that differ": differing, "Results": pd.DataFrame(results).fillna("not run")}
-    for title, table in tables.items():
-        print(f"\n{title}\n{'-' * len(title)}")
-        for name, row in table.iterrows():
-            print(name, *(f"    {folder}: {value}" for folder, value in row.items()), sep="\n")
-    if unlike := {"model", "data", "prompt", "max_length", "eval_rows"} & set(differing.index):
-        print(f"\nThe runs differ in {', '.join(sorted(unlike))}: their losses are not to be ranked.")
+
+def line_of(folder: str) -> list[str]:
+    """One try of `compare`: what notebook 06 found, how far it came, and its newest settings."""
+    paths = sorted(Path(folder).glob("outputs/run_cards/*.json"))
+    cards = {path.stem: card for path in paths if (card := read_card(path))}
+    if not cards:
+        return [folder, *[""] * 5, "no run cards here"]
+    shapes = {
+        "similarity": "{base:.2f} -> {tuned:.2f} ({low:+.2f} to {high:+.2f}, {rows} rows)",
+        "voice": "{base:.2f} -> {tuned:.2f}",
+        "stopped": "{base:.0%} -> {tuned:.0%}",
+    }
+    found = cards.get("06", {"facts": {}})["facts"].get("comparisons", {})
+    results = [shape.format(**found[name]) if name in found else "-" for name, shape in shapes.items()]
+    last = max(cards.values(), key=lambda card: card["written"])
+    profile = from_card(last["profile"])
+    pairs = {name: (getattr(profile, name), getattr(PROFILES[profile.name], name)) for name in SETTINGS}
+    changed = [f"{name} {value}" for name, (value, usual) in pairs.items() if value != usual]
+    loss = cards.get("04", {"figure": "-"})["figure"]
+    return [folder, loss, *results, last["notebook"], ", ".join([profile.name, *changed])]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -79,7 +79,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("FIQA_CACHE") or home / "fiqa-workshop")
 
 
-def made(folder: Path, setting: str) -> Path:
+def writable_folder(folder: Path, setting: str) -> Path:
     """`folder`, made if need be; `setting` is where a person can name another one.
 
     Raises:
@@ -95,7 +95,9 @@ def made(folder: Path, setting: str) -> Path:
 def _folder(name: str) -> property:
     """A folder of the workspace: made when it is first asked for."""
     setting = "the parameter workdir"
-    return property(lambda self: made(self.root / name, setting), doc=f"`{name}` in the workspace.")
+    return property(
+        lambda self: writable_folder(self.root / name, setting), doc=f"`{name}` in the workspace."
+    )
 
 
 class Workspace:

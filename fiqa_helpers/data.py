@@ -14,12 +14,11 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from unittest import mock
 
-from fiqa_helpers.base import WorkshopError, Workspace, atomic_writer, disk_errors, project_root
+from fiqa_helpers.base import WorkshopError, Workspace, atomic_writer, disk_errors, project_root, write_json
 from fiqa_helpers.machinery.assets import ASSETS, fiqa_test_file
 
 if TYPE_CHECKING:
@@ -39,16 +38,14 @@ class LoadReport:
     """What was loaded and what was put right on the way; `print` it."""
 
     source: str  # in words, with the revision
-    rows: dict[str, int] = field(default_factory=dict)  # split -> rows that are left
-    repairs: dict[str, Counter] = field(default_factory=dict)  # file or split -> what -> number of rows
+    rows: dict[str, int]  # split -> rows that are left
+    repairs: dict[str, Counter]  # file or split -> what -> number of rows
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{self.rows[split]:,} {split}" for split in SPLITS)
+        counts = ", ".join(f"{number:,} {split}" for split, number in self.rows.items())
         lines = [f"{self.source}: {counts} rows."]
-        for what in sorted({kind for counter in self.repairs.values() for kind in counter}):
-            numbers = {place: counter[what] for place, counter in self.repairs.items() if counter[what]}
-            where = ", ".join(f"{place} {number:,}" for place, number in numbers.items())
-            lines.append(f"Repaired: {sum(numbers.values()):,} rows {what} ({where}).")
+        for place, counter in self.repairs.items():
+            lines += [f"Repaired: {number:,} rows {what} ({place})." for what, number in counter.items()]
         return "\n".join(lines)
 
 
@@ -69,23 +66,21 @@ def load_fiqa(source: str = "packaged", workspace: Workspace | None = None) -> "
 
 def load_with_report(source: str, workspace: Workspace | None = None) -> tuple["DatasetDict", LoadReport]:
     """As `load_fiqa`, with the report handed back instead of printed."""
-    if source.partition("@")[0] == "hub":
-        words, found = load_from_hub(source.partition("@")[2])
-        return _made({split: [(split, enumerate(found.get(split, []), 1))] for split in SPLITS}, words)
+    kind, _, revision = source.partition("@")
+    if kind == "hub":
+        return _made(*files_of_hub(revision))
     if source == "packaged":
         asset, path = ASSETS["fiqa_test"], fiqa_test_file()
         words = f"Packaged FiQA rows ({asset.package} {asset.version}, {asset.licence})"
-        return _made({path.name: [(path.name, read_rows(path))]}, words, validation=48, test=100)
+        return _made(words, {path.name: [path]}, validation=48, test=100)
     path = _find(source, workspace)
     files = [path] if path.is_file() else sorted(path.iterdir())
     files = [file for file in files if file.suffix.lower() in READERS and file.name != MANIFEST]
     if not files:
         raise WorkshopError(f"{path} holds no rows: data must be {', '.join(READERS)} files.")
     if len(files) == 1:
-        words, named = f"{files[0]}, a single file, split by hash 80/10/10", {files[0].name: files}
-    else:
-        words, named = str(path), {split: _files_of(split, files, path) for split in SPLITS}
-    return _made({s: [(f.name, read_rows(f)) for f in found] for s, found in named.items()}, words)
+        return _made(f"{files[0]}, a single file, split by hash 80/10/10", {files[0].name: files})
+    return _made(str(path), {split: _files_of(split, files, path) for split in SPLITS})
 
 
 def _find(source: str, workspace: Workspace | None) -> Path:
@@ -118,49 +113,37 @@ PARQUET = "refs/convert/parquet"  # the hub's own conversion, for the years when
 REMEDY = "use data: packaged (the 648 rows of the test split), or give a folder with the split files as data"
 
 
-def load_from_hub(revision: str = "") -> tuple[str, "DatasetDict"]:
-    """(what was used, in words; its splits). `revision`: a branch, tag or commit; empty tries those known.
+def files_of_hub(revision: str = "") -> tuple[str, dict[str, list[Path]]]:
+    """(what was used, in words; the Parquet files of each split).
 
-    Without a network, the copy that an earlier run left in the Hugging Face cache is used, and said so.
+    `revision` is a branch, tag or commit; empty tries those known. Without a network, the copy that an
+    earlier run left in the Hugging Face cache is used, and said so.
 
     Raises:
-        WorkshopError: the hub can't be reached, or has FiQA under none of the known names.
+        WorkshopError: neither the hub nor the cache has FiQA under one of the known names.
     """
-    from datasets import load_dataset
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    converted = {"data_files": {split: f"{CONFIG}/{split}/*.parquet" for split in SPLITS}}
-    reasons = []
-    for name, wanted in itertools.product(HUB_NAMES, [revision] if revision else ["main", PARQUET]):
-        try:  # `load_dataset` alone would take any cached commit for one that the hub does not have
-            commit = HfApi().dataset_info(name, revision=wanted, timeout=20).sha
-            which = converted if wanted == PARQUET else {"name": CONFIG}
-            splits = load_dataset(name, revision=commit, **which)
-            return f"{name}, config {CONFIG}, revision {commit}", splits
-        except (HfHubHTTPError, ValueError, RuntimeError) as error:  # not there, or a script repository
-            reasons.append(f"{name} at {wanted}: {str(error).strip().splitlines()[0][:90]}")
+    wanted = {"repo_type": "dataset", "allow_patterns": f"{CONFIG}/*.parquet"}
+    reasons, offline = [], ""
+    for name, branch in itertools.product(HUB_NAMES, [revision] if revision else ["main", PARQUET]):
+        try:
+            if not offline:  # `snapshot_download` alone would not say that it falls back to the cache
+                HfApi().dataset_info(name, revision=branch, timeout=20)
+        except HfHubHTTPError as error:
+            reasons.append(f"{name} at {branch}: {str(error).splitlines()[0][:90]}")
+            continue
         except Exception as error:  # every HTTP library has a word of its own for "no network"
-            return from_cache(revision, f"{type(error).__name__}: {str(error)[:90]}")
-    raise WorkshopError(f"The hub has no usable FiQA ({'; '.join(reasons)}): {REMEDY}.")
-
-
-def from_cache(revision: str, reason: str) -> tuple[str, "DatasetDict"]:
-    """What an earlier run downloaded (of that commit, if one was asked for); the hub is not asked.
-
-    Raises:
-        WorkshopError: nothing of FiQA is in the cache. `reason` says why only the cache was looked at.
-    """
-    from datasets import config, load_dataset
-
-    with mock.patch.object(config, "HF_HUB_OFFLINE", True):  # else it asks the hub for half a minute
-        for name in HUB_NAMES:
-            with contextlib.suppress(Exception):  # each way of not being cached is another kind of error
-                splits = load_dataset(name, CONFIG)
-                commit = Path(splits["train"].cache_files[0]["filename"]).parent.name
-                if commit.startswith(revision):
-                    return f"{name}, config {CONFIG}, revision {commit}, cached (no hub: {reason})", splits
-    raise WorkshopError(f"The hub cannot be reached ({reason}): {REMEDY}.") from None
+            offline = f", cached (no hub: {type(error).__name__}: {str(error)[:90]})"
+        with contextlib.suppress(LocalEntryNotFoundError):
+            kept = Path(snapshot_download(name, revision=branch, local_files_only=bool(offline), **wanted))
+            both = "{0}/{1}*.parquet", "{0}/{1}/*.parquet"  # a branch's files, and converted ones
+            found = {s: sorted(f for p in both for f in kept.glob(p.format(CONFIG, s))) for s in SPLITS}
+            if all(found.values()):
+                return f"{name}, config {CONFIG}, revision {kept.name}{offline}", found
+    reason = f"cannot be reached{offline}" if offline else f"has no usable FiQA ({'; '.join(reasons)})"
+    raise WorkshopError(f"The hub {reason}: {REMEDY}.")
 
 
 # --- Reading a file: (number, row) of each row.
@@ -204,26 +187,26 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
 
 def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
     """One object per line, a list of objects, or an object with that list as its `data`."""
-    with path.open(encoding="utf-8-sig") as file:
-        first = next(filter(str.strip, file), "{}")
-        file.seek(0)
-        try:
-            one_per_line = isinstance(json.loads(first), dict)
-        except ValueError:  # the beginning of a value that goes over several lines
-            one_per_line = False
-        for number, text in enumerate(file if one_per_line else [file.read()], 1):
-            if not text.strip():
-                continue
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        rows = json.loads(text) if text.strip() else []
+        if isinstance(rows, dict):
+            rows = rows["data"] if isinstance(rows.get("data"), list) else [rows]
+        return enumerate(rows if isinstance(rows, list) else [rows], 1)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":  # else the file goes on behind a first object
+            raise ValueError(f"line {error.lineno} is not JSON: {error.msg}") from None
+    return _read_json_lines(text)
+
+
+def _read_json_lines(text: str) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
             try:
-                value = json.loads(text)
+                row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"line {number + error.lineno - 1} is not JSON: {error.msg}") from None
-            if isinstance(value, dict) and isinstance(value.get("data"), list):
-                yield from enumerate(value["data"], 1)
-            elif isinstance(value, list) and not one_per_line:
-                yield from enumerate(value, 1)
-            else:
-                yield number, value
+                raise ValueError(f"line {number} is not JSON: {error.msg}") from None
+            yield number, row
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
@@ -302,20 +285,20 @@ def _as_list(answers: object, where: str) -> list:
 
 
 def _made(
-    named: dict[str, list[tuple[str, Iterable]]], words: str, validation: int = 0, test: int = 0
+    words: str, files: dict[str, list[Path]], validation: int = 0, test: int = 0
 ) -> tuple["DatasetDict", LoadReport]:
-    """The splits of `named`: split (or one file, to be split by hash) -> its files: name, numbered rows.
+    """The splits of `files`: split (or the name of one file, to be split by hash) -> its files.
 
     `validation` and `test` are numbers of rows for a single file; 0 takes a tenth of them.
     """
     from datasets import Dataset, DatasetDict
 
-    report = LoadReport(words, repairs={place: Counter() for place in named})
+    repairs = {place: Counter() for place in files}
     splits = {
-        place: [row for name, rows in files for row in clean_rows(rows, name, report.repairs[place])]
-        for place, files in named.items()
+        place: [row for path in paths for row in clean_rows(read_rows(path), path.name, repairs[place])]
+        for place, paths in files.items()
     }
-    _drop_duplicates(splits, report.repairs)
+    _drop_duplicates(splits, repairs)
     if len(splits) == 1:
         ((name, rows),) = splits.items()
         if len(rows) < 10:
@@ -327,8 +310,8 @@ def _made(
     for split, rows in splits.items():
         if not rows:
             raise WorkshopError(f"{words} has no usable {split} rows: check that split of the source.")
-    report.rows = {split: len(rows) for split, rows in splits.items()}
-    return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()}), report
+    made = DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
+    return made, LoadReport(words, {split: len(rows) for split, rows in splits.items()}, repairs)
 
 
 _SALT = "fiqa-workshop-1:"  # another salt would be another split: keep it
@@ -338,15 +321,14 @@ def _drop_duplicates(splits: dict[str, list[Row]], repairs: dict[str, Counter]) 
     """Keep the first row of each question, and take what test or validation have out of the training side."""
     owner: dict[str, str] = {}
     for split in reversed(splits):  # the tests stay as they are
-        kept = []
-        for row in splits[split]:
+        rows, splits[split] = splits[split], []
+        for row in rows:
             same = " ".join(row["question"].casefold().split())  # case and the number of spaces don't count
             if same not in owner:
-                kept.append(row)
+                splits[split].append(row)
             else:
                 repairs[split][REPEATED if owner[same] == split else LEAKED] += 1
             owner.setdefault(same, split)
-        splits[split] = kept
 
 
 # --- Writing the splits for the later notebooks, and reading them back.
@@ -364,14 +346,12 @@ def write_processed(splits: "DatasetDict", folder: Path, source: str = "") -> li
     manifest = {"source": source, "licence": ASSETS["fiqa_test"].licence, "splits": {}}
     with disk_errors(folder, "set the parameter workdir to another folder"):
         for split in SPLITS:
+            rows = (row | {"answer": row["ground_truths"][0]} for row in splits[split])
             with atomic_writer(folder / PROCESSED[split]) as file:
-                for number, row in enumerate(splits[split]):
-                    row = row | {"answer": row["ground_truths"][0]}
-                    file.write((",\n" if number else "[\n") + json.dumps(row, ensure_ascii=False))
-                file.write("\n]\n")
+                lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+                file.write(f"[\n{lines}\n]\n")
             manifest["splits"][split] = {"rows": len(splits[split]), "sha256": fingerprint(splits[split])}
-        with atomic_writer(folder / MANIFEST) as file:
-            file.write(json.dumps(manifest, indent=1) + "\n")
+        write_json(folder / MANIFEST, manifest)
     return [folder / PROCESSED[split] for split in SPLITS]
 
 
@@ -385,25 +365,19 @@ def read_processed(folder: Path) -> "DatasetDict":
 
     found = DatasetDict()
     try:
-        for split in SPLITS:
-            path = folder / PROCESSED[split]
-            rows = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_answer)
-            found[split] = Dataset.from_list(rows)
         path = folder / MANIFEST
         expected = json.loads(path.read_text(encoding="utf-8"))["splits"]
         for split in SPLITS:
+            path = folder / PROCESSED[split]
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            found[split] = Dataset.from_list(rows).select_columns(["question", "ground_truths"])
             if fingerprint(found[split]) != expected[split]["sha256"]:
-                path = folder / PROCESSED[split]
                 raise ValueError("these are rows of another run")
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise WorkshopError(
             f"{path} is missing or not what notebook 01 wrote: run notebook 01_explore_fiqa first."
         ) from None
     return found
-
-
-def _without_answer(row: dict) -> Row:
-    return {"question": row["question"], "ground_truths": row["ground_truths"]}
 
 
 def fingerprint(rows: Iterable[dict]) -> str:
@@ -441,18 +415,14 @@ def topical_answers(rows: "Dataset", words: int, similarity: "Similarity") -> "D
         if len(answer.split()) >= SHORTEST and not LINK.search(answer):
             kept.append(row | {"ground_truths": [unquoted(answer)]})
     if not kept:
-        raise WorkshopError(
-            f"topical_words leaves no training row: all answers have under {SHORTEST} words or hold a link. "
-            "Use training: reference, or rows with longer answers."
-        )
-    with tqdm(desc="Comparing sentences", total=len(kept), unit="row", file=sys.stdout, leave=False) as bar:
-        for start in range(0, len(kept), 32):
-            part = kept[start : start + 32]  # `similarity` meets them together, which is faster
-            texts = [[row["question"], *sentences(row["ground_truths"][0])] for row in part]
-            similarity.embed([text for row in texts for text in row])
-            for row in part:
-                row["ground_truths"] = [topical(row["question"], row["ground_truths"][0], words, similarity)]
-            bar.update(len(part))
+        problem = f"every answer has under {SHORTEST} words or holds a link"
+        raise WorkshopError(f"topical_words leaves no training row ({problem}): use training: reference.")
+    parts = [kept[start : start + 32] for start in range(0, len(kept), 32)]
+    for part in tqdm(parts, desc="Comparing sentences, 32 answers a step", file=sys.stdout, leave=False):
+        texts = [[row["question"], *sentences(row["ground_truths"][0])] for row in part]
+        similarity.embed([text for row in texts for text in row])  # together, which is faster
+        for row in part:
+            row["ground_truths"] = [topical(row["question"], row["ground_truths"][0], words, similarity)]
     return Dataset.from_list(kept, features=rows.features)
 
 

@@ -1,4 +1,7 @@
-"""The evaluation of notebook 06: tuned against untuned on the same rows, scored, tabulated and drawn."""
+"""The evaluation of notebook 06: tuned against untuned on the same rows, scored, tabulated and drawn.
+
+The floors, answers that any model should beat, are scored here too (`score_floors`), by the same metrics.
+"""
 
 import asyncio
 import hashlib
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
     from fiqa_helpers.base import Workspace
     from fiqa_helpers.metrics import Score
     from fiqa_helpers.profiles import Profile
-    from fiqa_helpers.show import Shown
 
 # --- Rows for a fair test: drawn by chance, and none of them was in the lesson.
 
@@ -39,15 +41,10 @@ CPU_ROWS, GPU_ROWS = 24, 100  # tested unless a number is given: 24 show the met
 def choose_rows(test: "Dataset", rows: int, profile: "Profile") -> list[dict]:
     """`rows` of the test split, drawn with the profile's seed; 0 takes CPU_ROWS or GPU_ROWS.
 
-    A larger number draws the same rows and more.
-
-    Raises:
-        WorkshopError: `rows` is 1 or negative.
+    A larger number draws the same rows and more. (One row alone is refused by `metrics.floors`.)
     """
-    if rows == 1 or rows < 0:
-        raise WorkshopError(f"rows is {rows}: take at least 2, or 0 for what this machine has time for.")
-    count = rows or (CPU_ROWS if profile.device == "cpu" else GPU_ROWS)
-    return list(test.shuffle(seed=profile.seed).take(min(count, len(test))))
+    drawn = list(test.shuffle(seed=profile.seed))
+    return drawn[: rows or (CPU_ROWS if profile.device == "cpu" else GPU_ROWS)]
 
 
 def refuse_leak(card: dict, rows: Sequence[dict], workspace: "Workspace") -> str:
@@ -106,9 +103,7 @@ def voice_texts(profile: "Profile") -> tuple[list[str], list[str]]:
     are others than those that were kept.
     """
     if (profile.model, profile.data) != ("packaged", "packaged"):
-        print(
-            "Voice is not measured: answers of the untuned model are kept for SmolLM2 and the packaged rows."
-        )
+        print("Voice is not measured: untuned answers are kept for SmolLM2 and the packaged rows alone.")
         return [], []
     kept = json.loads((load_kept().folder / "untuned_answers.json").read_text(encoding="utf-8"))
     people = [row["ground_truths"][0] for row in load_with_report("packaged")[0]["train"]]
@@ -203,8 +198,8 @@ def kept_answers(file: Path) -> dict[int, Answer]:
 
 def answers_folder(workspace: "Workspace", rows: Sequence[dict], prompts: Sequence[str], known: dict) -> Path:
     """The folder that belongs to exactly these rows, these prompts and what is `known` of the model."""
-    texts = {"rows": [dict(row) for row in rows], "prompts": [{"prompt": prompt} for prompt in prompts]}
-    definition = {name: fingerprint(content) for name, content in texts.items()} | known
+    read = fingerprint([{"prompt": prompt} for prompt in prompts])
+    definition = {"rows": fingerprint(rows), "prompts": read} | known
     name = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()[:16]
     folder = workspace.evaluation / "answers" / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -324,19 +319,12 @@ def evaluate(
     """
     from nemo_evaluator import run_evaluation
 
-    run = run_evaluation(
-        register_fiqa(rows, prompts, score),
-        solver,
-        step_log_dir=folder,
-        max_system_retries=1,
-        config={"benchmark": "fiqa"},
-    )
+    benchmark, settings = register_fiqa(rows, prompts, score), {"benchmark": "fiqa"}
+    run = run_evaluation(benchmark, solver, step_log_dir=folder, max_system_retries=1, config=settings)
     logging.getLogger("nemo_evaluator").setLevel(logging.CRITICAL)  # failures are raised below
     with ThreadPoolExecutor(1) as pool:  # a notebook's own event loop is busy with the cell
         bundle = pool.submit(asyncio.run, run).result()
-    log = [
-        json.loads(line) for line in (folder / "inference_log.jsonl").read_text("utf-8").split("\n") if line
-    ]
+    log = map(json.loads, (folder / "inference_log.jsonl").read_text("utf-8").strip().split("\n"))
     answered = {record["problem_idx"]: record for record in log if "problem_idx" in record}
     samples = []
     for result in sorted(bundle["_results"], key=lambda result: result["problem_idx"]):
@@ -371,31 +359,15 @@ def score_floors(rows: Sequence[dict], score: "Score", seed: int = 0) -> Floors:
 
 def floor_means(floors: Floors) -> dict[str, dict[str, float]]:
     """Name of each floor -> the mean of every metric."""
-    return {
-        name: {metric: sum(scores[metric] for scores in rows) / len(rows) for metric in rows[0]}
-        for name, rows in floors.items()
-    }
+    import pandas as pd
+
+    return {name: pd.DataFrame(scores).mean().to_dict() for name, scores in floors.items()}
 
 
 def compare_all(base: Evaluated, tuned: Evaluated, seed: int = 0) -> dict[str, Comparison]:
     """Tuned minus base in every metric that both have."""
     shared = [name for name in METRICS if name in base.samples[0] and name in tuned.samples[0]]
     return {name: compare(name, base.values(name), tuned.values(name), seed) for name in shared}
-
-
-def answers_of(base: Evaluated, tuned: Evaluated, rows: Sequence[int], caption: str) -> "Shown":
-    """Both answers to each of `rows` in full, with what happened to the similarity, for display."""
-    from fiqa_helpers import show
-
-    before, after = base.values(PRIMARY), tuned.values(PRIMARY)
-    questions = [
-        f"{base.samples[i]['question']}\n\nsimilarity {before[i]:.3f} -> {after[i]:.3f}" for i in rows
-    ]
-    columns = {}
-    for side in (base, tuned):
-        chosen = [side.samples[i] for i in rows]
-        columns[side.label] = [Answer(s["answer"], bool(s["stopped"]), s["tokens"]) for s in chosen]
-    return show.answers(questions, columns, caption)
 
 
 def save_evaluation(
@@ -415,17 +387,11 @@ def save_evaluation(
             line |= {side.label: side.samples[i] for side in (base, tuned)}
             line["floors"] = {name: scores[i] for name, scores in floors.items()}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    sides = {side.label: side for side in (base, tuned)}
-    write_card(
-        summary,
-        rows=len(rows),
-        comparisons={name: found.as_row() for name, found in comparisons.items()},
-        floors=floor_means(floors),
-        evaluator={label: side.sdk for label, side in sides.items()},
-        logs={label: workspace.shown(side.folder) for label, side in sides.items()},
-        metric_version=metrics.VERSION,
-        **about,
-    )
+    about |= {"rows": len(rows), "floors": floor_means(floors), "metric_version": metrics.VERSION}
+    about["comparisons"] = {name: asdict(found) for name, found in comparisons.items()}
+    about["evaluator"] = {side.label: side.sdk for side in (base, tuned)}
+    about["logs"] = {side.label: workspace.shown(side.folder) for side in (base, tuned)}
+    write_card(summary, **about)
     return [samples, summary]
 
 
@@ -442,12 +408,10 @@ def draw_differences(base: Evaluated, tuned: Evaluated, found: Comparison) -> tu
     axes.plot(values, np.arange(len(values)), "o", color="#1f5a94", markersize=5 if len(values) < 200 else 2)
     axes.plot([found.low, found.high], [below, below], color="#c65d00", linewidth=7, solid_capstyle="butt")
     axes.plot(found.difference, below, "D", color="black", markersize=6)
-    axes.set_title(
+    said = (
         f"mean {found.difference:+.3f} (diamond), 95 % interval {found.low:+.3f} to {found.high:+.3f} (bar)"
-        f", {found.rows} rows",
-        fontsize=9,
-        loc="left",
     )
+    axes.set_title(f"{said}, {found.rows} rows", fontsize=9, loc="left")
     axes.set_ylim(2 * below, len(values))
     axes.set_yticks([])
     axes.set_ylabel("a dot for each row, sorted")

@@ -1,8 +1,9 @@
 """Answers from a model, batched or as they are written in the playground of notebook 05."""
 
+import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from fiqa_helpers.rows import encode_prompt
 from fiqa_helpers.show import answer_clicks_while_busy, answers, escape
 
 if TYPE_CHECKING:
+    from ipywidgets import VBox
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,13 +58,7 @@ def generate_answers(
 
     if not questions:
         return []
-    ids = [encode_prompt(question, tokenizer, style) for question in questions]
-    longest, context = max(map(len, ids)), model.config.max_position_embeddings
-    if longest + max_new_tokens > context:
-        raise WorkshopError(
-            f"A prompt has {longest:,} tokens, and with {max_new_tokens:,} of an answer it must fit the "
-            f"{context:,} that this model reads: shorten the question."
-        )
+    ids = prompts(questions, tokenizer, style, model.config, max_new_tokens)
     inputs = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     was_training = model.training
@@ -85,12 +81,87 @@ def generate_answers(
     return [_answer(row, tokenizer) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
 
+def prompts(questions: Sequence[str], tokenizer, style: str, config, max_new_tokens: int) -> list[list[int]]:
+    """Token ids of one prompt a question, for a model with the configuration `config`.
+
+    Raises:
+        WorkshopError: a question with its answer is longer than what the model reads.
+    """
+    ids = [encode_prompt(question, tokenizer, style) for question in questions]
+    if max(map(len, ids)) + max_new_tokens > config.max_position_embeddings:
+        raise WorkshopError(
+            f"A prompt of {max(map(len, ids)):,} tokens and {max_new_tokens:,} of an answer do not fit the "
+            f"{config.max_position_embeddings:,} that this model reads: shorten the question."
+        )
+    return ids
+
+
 def _answer(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> Answer:
     """Cut generated ids at the first end token, which is found by id and never by searching the text."""
     stopped = tokenizer.eos_token_id in ids
-    if stopped:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    ids = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
     return Answer(tokenizer.decode(ids, skip_special_tokens=True).strip(), stopped, len(ids))
+
+
+# --- The blind test of notebook 05: whose answer is this?
+
+UNTUNED = "untuned"  # the one name that the classifier of `metrics.train_voice` knows
+
+
+@dataclass(frozen=True)
+class Card:
+    """The beginning of an answer and who gave it."""
+
+    question: str
+    text: str
+    truth: str
+    heard: str  # what the classifier says, with its voice; empty without one
+
+
+def blind_cards(
+    questions: Sequence[str],
+    answers: Mapping[str, Sequence[str]],
+    voice: Callable[[str], float] | None = None,
+    count: int = 10,
+    seed: int = 0,
+) -> list[Card]:
+    """`count` of all `answers`, 60 words each, in random order.
+
+    `answers` holds under each name, `UNTUNED` among them, one answer for each of `questions`.
+    """
+    cards = []
+    for name, texts in answers.items():
+        for question, text in zip(questions, texts, strict=True):
+            text = " ".join(text.split()[:60])
+            heard = voice(text) if voice else None
+            said = "" if heard is None else f"{UNTUNED if heard < 0.5 else 'another'} (voice {heard:.2f})"
+            cards.append(Card(question, text, name, said))
+    return random.Random(seed).sample(cards, min(count, len(cards)))
+
+
+def blind_test(cards: Sequence[Card]) -> "VBox":
+    """The cards to guess at, for a person. A guess turns its card and counts; a second one does not."""
+    import ipywidgets as w
+
+    names, guesses = sorted({card.truth for card in cards}), {}
+
+    def box(card: Card) -> "VBox":
+        buttons, told = w.ToggleButtons(options=names, value=None), w.HTML()
+
+        def turn(change: dict) -> None:
+            guesses.setdefault(card, change["new"])
+            right = sum(card.truth == guess for card, guess in guesses.items())
+            caught = sum(card.heard.startswith(UNTUNED) == (card.truth == UNTUNED) for card in guesses)
+            told.value = f"It is: {card.truth}. You: {right} of {len(guesses)} right."
+            if card.heard:
+                told.value += (
+                    f" The classifier says {card.heard}; {caught} right, as it knows only {UNTUNED}."
+                )
+
+        buttons.observe(turn, "value")
+        return w.VBox([w.HTML(f"<b>{escape(card.question)}</b><br>{escape(card.text)}"), buttons, told])
+
+    return w.VBox([box(card) for card in cards])
 
 
 # --- The playground of notebook 05: ask a question, read the base and the tuned answer as they are written.

@@ -73,19 +73,17 @@ def tiny_model(tiny_tokenizer):
 @pytest.fixture
 def small_disk(tmp_path):
     """small_disk("size=64k"): a mounted tmpfs; tests skip where mounting is not allowed."""
-    places = []
+    place = tmp_path / "disk"
 
     def mount(options: str) -> Path:
-        place = tmp_path / f"disk{len(places)}"
         place.mkdir()
         command = ["mount", "-t", "tmpfs", "-o", options, "none", str(place)]
         if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
             pytest.skip("mounting a small tmpfs needs root and the right to mount")
-        places.append(place)
         return place
 
     yield mount
-    for place in places:
+    if place.is_mount():
         subprocess.run(["umount", str(place)], check=True)
 
 
@@ -98,6 +96,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+# The laptop run, shortened: every cell runs, on the real model and real rows, in half the time.
+SHORT = "{max_steps: 6, eval_steps: 3, sample_steps: 3, eval_rows: 6, max_new_tokens: 32, batch_size: 4}"
 
 
 def add_solved(notebook: Path) -> None:
@@ -114,10 +116,6 @@ def add_solved(notebook: Path) -> None:
     nbformat.write(lesson, notebook)
 
 
-# The laptop run, shortened: every cell runs, on the real model and real rows, in half the time.
-SHORT = "{max_steps: 6, eval_steps: 3, sample_steps: 3, eval_rows: 8, max_new_tokens: 48}"
-
-
 @pytest.fixture(scope="session", params=["short", pytest.param("whole", marks=pytest.mark.slow)])
 def executed(request, tmp_path_factory) -> Path:
     """Folder with every notebook executed and, beside them, what they wrote (it is their workdir).
@@ -126,31 +124,20 @@ def executed(request, tmp_path_factory) -> Path:
     papermill injects the parameters and nbmake executes: both tools see each notebook, for the cost of one.
     Exercises are there twice: open, then solved.
     """
+    import papermill
+
     folder = tmp_path_factory.mktemp(f"tutorial_{request.param}")
-    common = {"profile": "laptop", "workdir": str(folder)}
-    notebooks = sorted((PROJECT / "notebooks").glob("0?_*.ipynb"))
-    for notebook in notebooks:
-        own = {}
+    files = [path.name for path in sorted((PROJECT / "notebooks").glob("0?_*.ipynb"))]
+    for name in files:
+        values = {"profile": "laptop", "workdir": str(folder)}
         if request.param == "short":
-            own = {"overrides": SHORT} | ({"rows": 6} if notebook.name.startswith("06") else {})
-        parameters = folder / "parameters.yaml"
-        parameters.write_text(json.dumps(common | own))
-        prepare = ["papermill", str(notebook), str(folder / notebook.name), "--prepare-only"]
-        subprocess.run(
-            [sys.executable, "-m", *prepare, "-f", str(parameters)],
-            cwd=PROJECT,
-            check=True,
-            capture_output=True,
-        )
-        add_solved(folder / notebook.name)
+            values |= {"overrides": SHORT} | ({"rows": 6} if name.startswith("06") else {})
+        source, target = PROJECT / "notebooks" / name, folder / name
+        papermill.execute_notebook(source, target, values, prepare_only=True, progress_bar=False)
+        add_solved(target)
     nbmake = ["pytest", "--nbmake", "--overwrite", "--nbmake-timeout=1800", "-p", "no:cacheprovider", "-q"]
-    files = [path.name for path in notebooks]
-    run = subprocess.run(
-        [sys.executable, "-m", *nbmake, "--rootdir", str(folder), *files],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", *nbmake, "--durations=0", "--rootdir", str(folder), *files]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     (folder / "nbmake.log").write_text(run.stdout + run.stderr)
     return folder
 

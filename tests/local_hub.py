@@ -13,58 +13,39 @@ from urllib.parse import unquote, urlparse
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def serve(folder: Path, name: str, revisions: tuple[str, ...] = ("main",)) -> ThreadingHTTPServer:
-    """Serve `folder` as the data set repository `name`, known under `revisions` and its commit."""
-    attributes = {"folder": folder, "name": name, "revisions": (*revisions, COMMIT)}
+def serve(folder: Path, name: str, revision: str) -> ThreadingHTTPServer:
+    """Serve `folder` as the data set repository `name`, known by `revision` and its commit."""
+    attributes = {"folder": folder, "name": name, "revisions": (revision, COMMIT)}
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Repository", (_Repository,), attributes))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
 
 
 class _Repository(BaseHTTPRequestHandler):
-    folder: Path
-    name: str
-    revisions: tuple[str, ...]
-
     def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
-        api, files = f"/api/datasets/{self.name}/", f"/datasets/{self.name}/resolve/"
-        if path.startswith(api + "revision/"):
-            self._info(path.removeprefix(api + "revision/"))
-        elif path.startswith(api + "tree/"):
-            self._tree(path.removeprefix(api + "tree/").partition("/")[2])
-        elif path.startswith(files):
-            self._file(path.removeprefix(files).partition("/")[2])
+        api, files = f"/api/datasets/{self.name}/", f"/datasets/{self.name}/resolve/{COMMIT}/"
+        if path.removeprefix(f"{api}revision/") in self.revisions:
+            self._reply(200, json.dumps({"id": self.name, "sha": COMMIT}).encode())
+        elif path.startswith(f"{api}tree/"):
+            self._reply(200, json.dumps(self._entries()).encode())
+        elif path.startswith(files) and (self.folder / path.removeprefix(files)).is_file():
+            content = (self.folder / path.removeprefix(files)).read_bytes()
+            self._reply(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"')
         else:
-            self._reply(404, code="RepoNotFound")
+            self._reply(404, code="RevisionNotFound" if path.startswith(api) else "RepoNotFound")
 
     do_HEAD = do_GET
-
-    def _info(self, revision: str) -> None:
-        if revision not in self.revisions:
-            return self._reply(404, code="RevisionNotFound")
-        siblings = [{"rfilename": entry["path"]} for entry in self._entries() if entry["type"] == "file"]
-        return self._reply(200, json.dumps({"id": self.name, "sha": COMMIT, "siblings": siblings}).encode())
-
-    def _tree(self, under: str) -> None:
-        found = [e for e in self._entries() if not under or e["path"].startswith(f"{under}/")]
-        self._reply(200, json.dumps(found).encode()) if found else self._reply(404, code="EntryNotFound")
-
-    def _file(self, path: str) -> None:
-        if not (self.folder / path).is_file():
-            return self._reply(404, code="EntryNotFound")
-        content = (self.folder / path).read_bytes()
-        return self._reply(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"')
 
     def _entries(self) -> list[dict]:
         return [
             {
-                "type": "file" if path.is_file() else "directory",
-                "path": path.relative_to(self.folder).as_posix(),
-                "size": path.stat().st_size,
+                "type": "file",
+                "path": path.as_posix(),
+                "size": (self.folder / path).stat().st_size,
                 "oid": "0" * 40,
             }
-            for path in sorted(self.folder.rglob("*"))
+            for path in (found.relative_to(self.folder) for found in sorted(self.folder.rglob("*.parquet")))
         ]
 
     def _reply(self, status: int, body: bytes = b"", code: str = "", **headers: str) -> None:

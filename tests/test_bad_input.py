@@ -72,32 +72,22 @@ def other_architecture_in_disguise(workdir: Path) -> None:
     other_architecture(workdir, model="random")
 
 
-def file_as_workdir(workdir: Path) -> None:
-    (workdir / "file").write_text("no folder")
-
-
 LORA = json.dumps({"peft_type": "LORA"}).encode()
 PICKLE = b"cos\nsystem\n(S'touch /tmp/run-by-a-pickle'\ntR."
 CASES = [
     # parameters of every notebook: values, types, names
     parameter("00", "profile", "GPU80", "profile is 'GPU80'", "choose one of auto, laptop"),
     parameter("01", "profile", 80, "Parameter profile is 80", "must be str"),
-    parameter("02", "profile", None, "profile is None"),
     parameter("01", "overrides", 20, "Parameter overrides is 20"),
     parameter("01", "workdir", "/proc/nowhere", "/proc/nowhere", "set the parameter workdir"),
-    Case("workdir a file", "01", {"profile": "tiny", "workdir": "file/x"}, ("Cannot",), file_as_workdir),
     parameter("01", "profil", "laptop", "profil", "profile"),
     parameter("04", "max_steps", 20, "no parameter", "max_steps", "on_existing"),
     parameter("02", "example", "3", "example is '3'", "-y or -f"),
     parameter("02", "example", -2, "example is -2"),
     parameter("02", "rows_per_batch", 0, "rows_per_batch is 0"),
-    parameter("05", "n_questions", "false", "n_questions is 'false'"),
     parameter("05", "n_questions", 0, "n_questions is 0"),
     parameter("05", "first_row", -1, "first_row is -1"),
-    parameter("05", "temperature", "hot", "temperature is 'hot'"),
     parameter("06", "rows", -1, "rows is -1"),
-    parameter("06", "no_repeat_ngram_size", "4", "no_repeat_ngram_size is '4'"),
-    parameter("06", "endpoint", 8000, "endpoint is 8000"),
     parameter("07", "processes", 0, "processes is 0"),
     # profiles that can't run
     Case("gpu80 without a GPU", "03", {"profile": "gpu80"}, ("gpu80", "GPU")),
@@ -111,30 +101,21 @@ CASES = [
     ),
     # overrides: syntax, names, types, ranges (more of them in test_profiles.py)
     overrides("max_steps", "overrides is 'max_steps'", "YAML mapping"),
-    overrides("{max_steps: 20", "mapping"),
     overrides("{max_step: 3}", "'max_step'", "did you mean max_steps?"),
-    overrides("{max_steps: soon}", "max_steps is 'soon'", "valid integer"),
     overrides("{batch_size: 0}", "batch_size is 0"),
-    overrides("{learning_rate: 0}", "learning_rate is 0"),
-    overrides("{lora_targets: 5}", "lora_targets is 5"),
     overrides("{dtype: float16}", "dtype is 'float16'", "'float32' or 'bfloat16'"),
     # data files
     overrides("{data: nowhere}", "data is 'nowhere'", "a folder or file that exists"),
     data_file("train.jsonl", "", "0 usable rows"),
-    data_file("train.json", "hello", "line 1 is not JSON"),
     data_file("train.jsonl", rows(query="q", text="a"), "row 1, needs the columns", "'query', 'text'"),
-    data_file("train.jsonl", rows(question=7, answer="a"), "question holds a"),
     data_file("train.jsonl", rows(question="q", ground_truths=[["a"]]), "holds a list where text belongs"),
-    data_file("train.jsonl", rows(question="\x00\x00", answer="\x1b"), "0 usable rows: 10 are needed"),
     data_file("train.jsonl", rows(question="q", answer="\udcff" * 3), "0 usable rows: 10 are needed"),
     data_file("train.csv", "question,answer\nq,a,b\n", "row that begins at line 2", "put quotation marks"),
     data_file("train.parquet", b"PAR1", "Parquet", "export it again"),
-    data_file("train.jsonl", "\u0633\u0624\u0627\u0644".encode("utf-16"), "in UTF-8"),
     # adapters
     Case(
         "adapter missing", "05", {"profile": "tiny"}, ("There is no adapter", "run notebook 04_train first")
     ),
-    adapter("empty", {}, "There is no adapter", "run notebook 04_train"),
     adapter("pickle", {"adapter_config.json": LORA, "adapter_model.bin": PICKLE}, "pickled weights", "04"),
     adapter("no card", {"adapter_model.safetensors": b"\x08"}, "run_card.json is missing"),
     Case(
@@ -213,17 +194,8 @@ def test_bad_input_ends_in_one_sentence(project, tmp_path, monkeypatch, shell, c
     assert not Path("/tmp/run-by-a-pickle").exists()
 
 
-UNDER_PAPERMILL = [
-    "profile 'GPU80'",
-    "overrides {max_step: 3}",
-    "profil 'laptop'",
-    "data 0 usable rows",
-    "adapter pickle",
-]
-
-
 @pytest.mark.notebooks
-@pytest.mark.parametrize("wrong", UNDER_PAPERMILL)
+@pytest.mark.parametrize("wrong", ["profil 'laptop'", "adapter pickle"])
 def test_papermill_exits_with_an_error_and_shows_the_sentence(project, tmp_path, wrong):
     """Headless, only the exit status keeps the next notebook from running."""
     (case,) = (case for case in CASES if case.wrong == wrong)

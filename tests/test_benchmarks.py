@@ -31,7 +31,8 @@ def test_every_contender_has_a_source_and_a_result_or_is_named_as_missing(module
     contenders, report = module("contenders").CONTENDERS, module("report")
     assert {run["name"] for run in report.read("gpu")["runs"]} == set(contenders)
     for name, contender in contenders.items():
-        first = contender.source.split(" ")[0].strip(",;")
+        assert callable(getattr(module("contenders"), contender["run"]))
+        first = contender["source"].split(" ")[0].strip(",")
         assert first.startswith("https://") or (PROJECT / first).is_file(), name
 
 

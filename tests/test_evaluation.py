@@ -199,9 +199,6 @@ def test_rows_for_this_machine(fiqa_rows):
     many = choose_rows(test, 30, laptop)
     assert many[:2] == choose_rows(test, 2, gpu) != fiqa_rows[:2]  # drawn; more rows keep the first
     assert choose_rows(test, 30, replace(laptop, seed=43)) != many
-    for wrong in (1, -1):
-        with pytest.raises(WorkshopError, match="at least 2"):
-            choose_rows(test, wrong, laptop)
 
 
 KILLED = """
@@ -396,15 +393,6 @@ def test_files_hold_every_row_and_the_plot_says_what_it_shows(
     figure, alt = evaluate.draw_differences(base, tuned, found["similarity"])
     figure.savefig(workspace.plots / "a.png")
     assert f"{found['similarity'].difference:+.3f}" in alt and "zero" in alt
-
-
-def test_answers_are_shown_escaped(workspace, rows, adapted, tiny_tokenizer, score):
-    """Generated text that reaches the page as HTML runs there."""
-    base, tuned = both(workspace, rows, adapted, tiny_tokenizer, score)
-    tuned.add("answer", ["<script>alert(1)</script>"] * 8)
-    shown = evaluate.answers_of(base, tuned, [7, 0], "two rows")
-    assert "<script>" not in shown.html and "&lt;script&gt;" in shown.html
-    assert f"-> {tuned.values('similarity')[7]:.3f}" in shown.text and rows[0]["question"][:20] in shown.text
 
 
 @pytest.mark.slow

@@ -7,46 +7,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiqa_helpers import metrics
+from fiqa_helpers import metrics, profiles
 from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.evaluate import voice_texts
 from fiqa_helpers.metrics import compare
 
 
 @pytest.fixture(scope="module")
 def similarity():
-    from fiqa_helpers.metrics import Similarity
-
-    return Similarity()
+    return metrics.Similarity()
 
 
-@pytest.fixture(scope="module")
-def score(similarity):
-    return metrics.make_score(similarity, ["Bonds pay interest.", "Stocks pay dividends."])
-
-
-def test_the_reference_scores_one(similarity, fiqa_rows):
-    """A perfect answer that is not scored as perfect would make every other figure suspect."""
-    row = fiqa_rows[0]
-    scores = metrics.make_score(similarity, row["ground_truths"])(
-        row["ground_truths"][0], row["ground_truths"]
-    )
-    for name in ("similarity", "tfidf", "token_f1", "token_f1_60"):
-        assert scores[name] == pytest.approx(1, abs=1e-5), name
-
-
-def test_an_empty_answer_scores_zero(score, fiqa_rows):
-    """MiniLM gives the empty text a vector too; without care silence would be similar to something."""
-    scores = score("  \n", fiqa_rows[0]["ground_truths"])
-    assert set(scores.values()) == {0.0}
-
-
-def test_the_best_reference_counts(score):
-    """With several references an answer that is one of them must not be averaged with the others."""
+def test_the_best_reference_scores_one_and_silence_nothing(similarity):
+    """Averaged over references a perfect answer is not perfect; MiniLM gives the empty text a vector too."""
     references = ["Sell the bonds before the rates rise.", "Pay your credit card in full every month."]
+    score = metrics.make_score(similarity, references)
     for reference in references:
         scores = score(reference, references)
-        assert scores["similarity"] == pytest.approx(1, abs=1e-5)
-        assert scores["token_f1"] == scores["token_f1_60"] == 1
+        assert scores.pop("repeated") == 0
+        assert scores == pytest.approx(dict.fromkeys(scores, 1), abs=1e-5)
+    assert set(score("  \n", references).values()) == {0.0}
 
 
 def test_token_f1_by_hand():
@@ -55,13 +35,9 @@ def test_token_f1_by_hand():
     assert metrics.token_f1("the cat sat", "The cat, the dog!") == pytest.approx(expected)
     assert metrics.token_f1("d c b a", "a b c d") == 1, "order does not count"
     assert metrics.token_f1("don't", "don") == pytest.approx(2 / 3), "letters and digits only"
-
-
-def test_a_short_answer_is_not_punished_for_a_long_reference():
-    """Whole, an answer of 60 words that are all in a reference of 180 has half a mark: it loses by length."""
     reference = " ".join(f"word{i}" for i in range(180))
     answer = " ".join(reference.split()[:60])
-    assert metrics.token_f1(answer, reference) == pytest.approx(0.5)
+    assert metrics.token_f1(answer, reference) == pytest.approx(0.5), "a short answer loses by its length"
     assert metrics.token_f1(answer, reference, words=60) == 1
 
 
@@ -79,25 +55,20 @@ def test_the_end_of_a_long_answer_counts(similarity, fiqa_rows):
 
 def test_chunks_fit_the_window_and_lose_nothing(similarity, fiqa_rows):
     """A chunk beyond the window is cut again in silence; one that ends inside a word makes another word."""
+
+    def pieces(text: str) -> int:
+        return len(similarity.model.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
+
     for row in sorted(fiqa_rows, key=lambda row: -len(row["ground_truths"][0]))[:20]:
         text = row["ground_truths"][0]
         chunks = similarity.chunks(text)
-        count = len(similarity.model.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
-        assert sum(length for _, length in chunks) == count
+        assert sum(length for _, length in chunks) == pieces(text)
         assert all(length <= 254 for _, length in chunks)
         assert "".join("".join(piece.split()) for piece, _ in chunks) == "".join(text.split())
-        again = [
-            len(similarity.model.tokenizer(piece, add_special_tokens=False, truncation=False)["input_ids"])
-            for piece, _ in chunks
-        ]
-        assert again == [length for _, length in chunks]
-
-
-def test_a_short_text_is_embedded_as_the_model_does(similarity):
-    """For what fits the window, ours and the model's own number must be one and the same."""
-    texts = ["Put it into an index fund.", "A savings account pays little interest."]
-    one, other = similarity.model.encode(texts, normalize_embeddings=True)
-    assert similarity.best(texts[0], texts[1:]) == pytest.approx(float(one @ other), abs=1e-6)
+        assert [pieces(piece) for piece, _ in chunks] == [length for _, length in chunks]
+    one, other = texts = ["Put it into an index fund.", "A savings account pays little interest."]
+    plain = similarity.model.encode(texts, normalize_embeddings=True)
+    assert similarity.best(one, [other]) == pytest.approx(float(plain[0] @ plain[1]), abs=1e-6)
 
 
 def test_repetition_by_hand():
@@ -110,14 +81,9 @@ def test_repetition_by_hand():
 
 def test_topic_words_see_the_topic_and_no_stop_words():
     """Counted with its stop words, any English text would be near to any other."""
-    judge = metrics.topic_words(
-        ["the bonds pay interest to you", "the stocks pay dividends to you", "my rent"]
-    )
-    assert (
-        judge("bonds and interest", ["Interest of bonds", "rent"])
-        > judge("bonds", ["my rent and stocks"])
-        == 0
-    )
+    judge = metrics.topic_words(["the bonds pay interest to you", "the stocks pay to you", "my rent"])
+    near = judge("bonds and interest", ["Interest of bonds", "rent"])
+    assert near > judge("bonds", ["my rent and stocks"]) == 0
     assert judge("to the and of", ["to the and of"]) == judge("", ["bonds"]) == 0
     assert judge("stocks", ["rent", "stocks"]) == pytest.approx(1), "the best of several references counts"
 
@@ -126,17 +92,14 @@ def test_windows_are_of_words_alone():
     """Length, quotes or line breaks would tell a forum's post from a model's answer at once."""
     assert metrics.windows("") == [""]
     assert metrics.windows('Don’t "PAY",\n it: 5%') == ["don't pay it"]
-    parts = metrics.windows(" ".join(["word"] * 500))
-    assert [len(part.split()) for part in parts] == [20, 20, 20], "only the first sixty count"
-    assert [len(part.split()) for part in metrics.windows(" ".join(["word"] * 49))] == [20, 29]
+    for words, expected in ((500, [20, 20, 20]), (49, [20, 29])):
+        parts = metrics.windows(" ".join(["word"] * words))
+        assert [len(part.split()) for part in parts] == expected
 
 
 @pytest.fixture(scope="module")
 def voices():
     """(classifier, people's answers, untuned answers): trained on 400 questions, the texts are of others."""
-    from fiqa_helpers import profiles
-    from fiqa_helpers.evaluate import voice_texts
-
     people, kept = voice_texts(profiles.load_profile("laptop"))
     plain, chat = kept[:500], kept[500:]
     assert len(people) == len(plain) == len(chat) == 500
@@ -150,20 +113,13 @@ def mean_voice(voices, texts):
 def test_voice_recognises_the_untuned_model_and_nothing_else(voices):
     """Held out, it must tell the two apart; what it can not tell apart must be known, and is shown in 06."""
     classifier, people, untuned = voices
-    of_people, of_model = mean_voice(classifier, people), mean_voice(classifier, untuned)
-    assert of_people > 0.75 and of_model < 0.25
+    of_model = mean_voice(classifier, untuned)
+    assert mean_voice(classifier, people) > 0.75 and of_model < 0.25
     draw = random.Random(0)
     shuffled = [" ".join(draw.sample(text.split(), len(text.split()))) for text in people]
-    assert mean_voice(classifier, shuffled) > 0.8, (
-        "it knows one class: disorder is not the untuned model either"
-    )
-
-
-def test_an_opening_phrase_is_no_voice(voices):
-    """A prompt that makes every answer begin like a person's would win otherwise."""
-    classifier, _, untuned = voices
+    assert mean_voice(classifier, shuffled) >= 0.8, "disorder is not the untuned model either"
     opened = [f"I don't think so. But if you ask me, {text}" for text in untuned]
-    assert 0 < mean_voice(classifier, opened) - mean_voice(classifier, untuned) <= 0.35
+    assert 0 < mean_voice(classifier, opened) - of_model <= 0.35, "an opening phrase is no voice"
 
 
 def test_without_a_difference_voice_finds_none(voices):
@@ -172,15 +128,11 @@ def test_without_a_difference_voice_finds_none(voices):
     texts = people[:50] + untuned[:50]
     random.Random(0).shuffle(texts)
     classifier = metrics.train_voice(texts[:50], texts[50:])
-    rest = people[50:] + untuned[50:]
-    assert mean_voice(classifier, rest) == pytest.approx(0.5, abs=0.08)
+    assert mean_voice(classifier, people[50:] + untuned[50:]) == pytest.approx(0.5, abs=0.08)
 
 
 def test_voice_is_absent_for_other_models_and_rows(capsys):
     """Compared with another model's answers, any text is nobody's voice."""
-    from fiqa_helpers import profiles
-    from fiqa_helpers.evaluate import voice_texts
-
     assert voice_texts(profiles.load_profile("tiny")) == ([], [])
     assert "Voice is not measured" in capsys.readouterr().out
 
@@ -204,12 +156,8 @@ def test_floors_are_of_the_same_rows(fiqa_rows):
     assert sorted(found["another row's answer"]) == sorted(references)
     assert all(a != b for a, b in zip(found["another row's answer"], references, strict=True))
     assert {len(answers) for answers in found.values()} == {len(rows)}
-
-
-def test_one_row_has_no_floor(fiqa_rows):
-    """Looking for another row's answer among one row would never end."""
-    with pytest.raises(WorkshopError, match="at least 2"):
-        metrics.floors(fiqa_rows[:1])
+    with pytest.raises(WorkshopError, match="at least 2"):  # looking for another row would never end
+        metrics.floors(rows[:1])
 
 
 def test_a_real_gain_is_seen_and_pairing_is_why():
@@ -223,26 +171,17 @@ def test_a_real_gain_is_seen_and_pairing_is_why():
     assert compare("similarity", base, tuned).verdict == "no difference"
 
 
-def test_less_is_better_for_a_loss():
-    """Read with the wrong sign, a lower NLL would be reported as worse, and its wins as losses."""
+def test_verdicts():
+    """A lower loss is better; one row, or answers that are the same, are no finding."""
     base, tuned = [3.0, 3.2, 2.9, 3.5, 3.1], [2.8, 3.1, 2.7, 3.2, 2.9]
     found = compare("nll", base, tuned)
     assert found.verdict == "better" and found.difference < 0 and found.win_rate == 1
     assert compare("nll", tuned, base).verdict == "worse"
-    assert compare("length_ratio", base, tuned).verdict == "changed"
-
-
-def test_equal_answers_are_no_difference():
-    """The bootstrap of a constant is undefined in scipy (NaN with a warning): it must be said in words."""
-    found = compare("similarity", [0.1, 0.5, 0.9], [0.1, 0.5, 0.9])
-    assert (found.low, found.high, found.win_rate) == (0, 0, 0.5)
-    assert found.verdict == "no difference" and "no difference is shown" in found.in_words()
-
-
-def test_one_row_has_no_interval():
-    """One difference, however large, must not come out as a finding."""
-    found = compare("similarity", [0.1], [0.9])
-    assert math.isnan(found.low) and found.verdict == "no difference"
+    equal = compare("similarity", base, base)
+    assert (equal.low, equal.high, equal.win_rate, equal.verdict) == (0, 0, 0.5, "no difference")
+    assert "no difference is shown" in equal.in_words()
+    one = compare("similarity", [0.1], [0.9])
+    assert math.isnan(one.low) and one.verdict == "no difference"
 
 
 def test_the_interval_covers_as_often_as_it_says():

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 
-import nbformat
 import pytest
 
 from fiqa_helpers import base
@@ -69,24 +68,6 @@ def test_a_wrong_parameter_is_named(injected, sentence):
         check_parameters(namespace(injected))
 
 
-def test_papermill_fails_with_the_sentence_alone(tmp_path):
-    """An error that only prints: papermill exits 0, or stores forty frames of traceback, or nothing."""
-    sources = (PARAMETERS, 'from fiqa_helpers.run import start\nrun = start(globals(), "01")', "print(1)")
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    book.cells[0].metadata.tags = ["parameters"]
-    book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(book, tmp_path / "in.ipynb")
-    command = [sys.executable, "-m", "papermill", "in.ipynb", "out.ipynb", "-p", "fast", "yes"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    sentence = "Parameter fast is 'yes': it must be bool"
-    assert ran.returncode == 1 and sentence in ran.stderr
-    cells = [cell for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells if cell.cell_type == "code"]
-    (error,) = [out for cell in cells for out in cell.outputs if out.output_type == "error"]
-    assert error.ename == "WorkshopError" and error.evalue.startswith(sentence)
-    assert error.traceback == [f"WorkshopError: {error.evalue}"]
-    assert not cells[-1].outputs and cells[-1].execution_count is None  # Run All stopped
-
-
 def test_a_python_that_skips_asserts_is_refused():
     """With PYTHONOPTIMIZE each checkpoint of a notebook passes and every exercise is right."""
     ran = python("from fiqa_helpers.run import start\nstart(globals(), '01')", "-O")
@@ -135,7 +116,7 @@ def test_a_read_only_folder_is_refused_at_once(small_disk):
         with pytest.raises(WorkshopError, match=r"Cannot write to "):
             getattr(Workspace(str(place)), name)
     with pytest.raises(WorkshopError, match="set FIQA_CACHE to a folder you may write to"):
-        base.made(place / "cache", "FIQA_CACHE")
+        base.writable_folder(place / "cache", "FIQA_CACHE")
 
 
 # --- run cards

@@ -39,12 +39,6 @@ def is_short(executed: Path) -> bool:
     return card(executed, "04")["profile"]["max_steps"] < PROFILES["laptop"].max_steps
 
 
-def only_whole(executed: Path) -> None:
-    """A figure of the laptop run as people make it: the shortened one says nothing about it."""
-    if is_short(executed):
-        pytest.skip("a figure of the whole run")
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_to_its_end(executed, name):
     """A cell that fails, or is never reached because an earlier one hung, is an error a reader would meet."""
@@ -57,26 +51,20 @@ def test_runs_to_its_end(executed, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_leaves_a_clean_file(executed, name):
-    """No widget state (it cannot be shown without a kernel), no library warnings, no megabytes of output."""
+def test_leaves_a_clean_file_and_its_run_card(executed, name):
+    """Widget state, library warnings or megabytes in the file; a card that the next notebook can't check."""
     notebook = read(executed, name)
     assert "widgets" not in notebook.metadata
     assert not [o for o in outputs(notebook) if any("widget" in mime for mime in o.get("data", {}))]
     noise = [o.text for o in outputs(notebook) if o.output_type == "stream" and o.name == "stderr"]
     assert not noise, f"a reader can do nothing about: {noise}"
     assert (executed / f"{name}.ipynb").stat().st_size < 1_000_000
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_writes_its_run_card(executed, name):
-    """The next notebook checks this card: it must say what ran, how long, on what, and name real files."""
     written = card(executed, name[:2])
     assert written["notebook"] == name
     assert written["profile"]["name"] == "laptop"
     assert written["seconds"] > 0 and written["peak_memory_gib"] > 0 and written["figure"]
     assert written["versions"]["transformers"] == "5.18.0"
-    missing = [file for file in written["files"] if not (executed / file).exists()]
-    assert not missing
+    assert not [file for file in written["files"] if not (executed / file).exists()]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -96,7 +84,8 @@ def test_exercises_open_and_solved(executed, name):
 
 def test_the_laptop_run_fits_its_time_and_memory(executed):
     """A laptop of two cores and 8 GB must do 00 to 06 in a coffee break; a slow cell is found here."""
-    only_whole(executed)
+    if is_short(executed):
+        pytest.skip("a figure of the whole run")
     cards = {name[:2]: card(executed, name[:2]) for name in NAMES if name < "07"}
     minutes = sum(written["seconds"] for written in cards.values()) / 60
     print({number: round(written["seconds"]) for number, written in cards.items()}, f"{minutes:.1f} min")
@@ -114,10 +103,8 @@ def test_training_lowers_the_validation_loss(executed):
 
 def test_training_shows_one_picture_and_one_text(executed):
     """The live cell must not leave a growing log or twenty pictures in a saved notebook."""
-    notebook = read(executed, "04_train")
-    (cell,) = [
-        cell for cell in notebook.cells if cell.cell_type == "code" and "trainer.train(" in cell.source
-    ]
+    cells = read(executed, "04_train").cells
+    (cell,) = [cell for cell in cells if cell.cell_type == "code" and "trainer.train(" in cell.source]
     pictures = [o for o in cell.outputs if "image/png" in o.get("data", {})]
     assert len(pictures) == 1 and len(cell.outputs) == 2
     assert len(json.dumps(cell.outputs)) <= 100_000
@@ -147,19 +134,15 @@ def test_a_finished_run_is_not_trained_again(executed, tmp_path):
     """Run All a second time must say that the run is finished, and leave the good adapter as it is."""
     adapter = executed / "checkpoints" / "final_model" / "adapter_model.safetensors"
     before = (adapter.read_bytes(), adapter.stat().st_mtime_ns)
-    again = tmp_path / "04_again.ipynb"
-    papermill = ["papermill", str(PROJECT / "notebooks" / "04_train.ipynb"), str(again), "--no-progress-bar"]
-    overrides = card(executed, "04")["parameters"]["overrides"]
-    parameters = ["-p", "profile", "laptop", "-p", "workdir", str(executed), "-p", "overrides", overrides]
-    card_before = executed / "outputs" / "run_cards" / "04.json"
-    kept = shutil.copy(card_before, tmp_path / "04.json")
-    run = subprocess.run(
-        [sys.executable, "-m", *papermill, *parameters], cwd=PROJECT, capture_output=True, text=True
-    )
+    again, own = tmp_path / "04_again.ipynb", executed / "outputs" / "run_cards" / "04.json"
+    kept = shutil.copy(own, tmp_path / "04.json")
+    source = PROJECT / "notebooks" / "04_train.ipynb"
+    command = [sys.executable, "-m", "papermill", str(source), str(again), "--no-progress-bar"]
+    for name, value in card(executed, "04")["parameters"].items():
+        command += ["-p", name, value] if name in ("profile", "workdir", "overrides") else []
+    run = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert (adapter.read_bytes(), adapter.stat().st_mtime_ns) == before
-    texts = [
-        o.data["text/plain"] for o in outputs(nbformat.read(again, 4)) if "text/plain" in o.get("data", {})
-    ]
+    texts = [output.get("data", {}).get("text/plain", "") for output in outputs(nbformat.read(again, 4))]
     assert any("nothing was trained again" in text for text in texts)
-    shutil.copy(kept, card_before)
+    shutil.copy(kept, own)

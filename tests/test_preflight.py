@@ -1,15 +1,17 @@
 """Checks of the machine: what `make check` and, the night before, `make preflight` call ready is ready."""
 
-import dataclasses
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
-from fiqa_helpers import profiles
 from fiqa_helpers.__main__ import main
 from fiqa_helpers.base import Workspace
 from fiqa_helpers.machinery import assets, checks
+from fiqa_helpers.profiles import PROFILES
+
+LAPTOP = PROFILES["laptop"]
 
 
 def test_the_exit_code_goes_through_twenty_machines(tmp_path, monkeypatch, capsys, smollm2, fiqa_rows):
@@ -30,43 +32,39 @@ def test_the_exit_code_goes_through_twenty_machines(tmp_path, monkeypatch, capsy
 
 def test_a_damaged_asset_is_noticed(tmp_path, monkeypatch, fiqa_rows):
     """One flipped byte in the cache would be fetched again, in a room where nothing can be fetched."""
-    name = assets.ASSETS["fiqa_test"].name_in_cache
     content = bytearray(assets.fiqa_test_file().read_bytes())
     content[1000] ^= 1
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "test.jsonl").write_bytes(content)
+    folder = tmp_path / assets.ASSETS["fiqa_test"].name_in_cache
+    folder.mkdir()
+    (folder / "test.jsonl").write_bytes(content)
     monkeypatch.setenv("FIQA_CACHE", str(tmp_path))
-    assert not checks._data(profiles.load_profile("laptop"), True).ok
+    assert not checks._data(LAPTOP, Workspace(), True).ok
 
 
 def test_a_hub_model_counts_only_with_all_its_files(tmp_path):
     """A download that stopped at the third of four files looks complete from outside."""
-    profile = changed("gpu80", model=str(tmp_path))
+    profile = replace(PROFILES["gpu80"], model=str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     index = {"weight_map": {"a": shards[0], "b": shards[1]}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / shards[0]).write_bytes(b"")
+    (tmp_path / shards[0]).touch()
     assert not checks._model(profile, True).ok
-    (tmp_path / shards[1]).write_bytes(b"")
+    (tmp_path / shards[1]).touch()
     assert checks._model(profile, True).ok
-    assert not checks._model(changed("gpu80", model="nobody/nothing"), True).ok
+    assert not checks._model(replace(profile, model="nobody/nothing"), True).ok
 
 
-def changed(name: str, **values: object) -> profiles.Profile:
-    """A profile with other values, unchecked."""
-    profile = profiles.PROFILES[name]
-    if dataclasses.is_dataclass(profile):
-        return dataclasses.replace(profile, **values)
-    return profile.model_copy(update=values)
-
-
-def test_own_rows_are_read(project, monkeypatch):
-    """A CSV that notebook 01 would refuse is refused the evening before."""
-    monkeypatch.chdir(project)
-    good = checks._data(changed("laptop", data="docs/examples/harbour_lantern.csv"), True)
-    assert good.ok and good.detail.endswith("40 rows")
-    assert not checks._data(changed("laptop", data="docs/troubleshooting.md"), True).ok
+def test_own_rows_are_read(project, tmp_path):
+    """A CSV that notebook 01 would refuse is refused the evening before; it may lie in the workspace."""
+    rows = (project / "docs" / "examples" / "harbour_lantern.csv").read_text("utf-8")
+    (tmp_path / "rows.csv").write_text(rows, "utf-8")
+    (tmp_path / "wrong.csv").write_text(rows.replace("question", "title"), "utf-8")
+    good, wrong = (
+        checks._data(replace(LAPTOP, data=f"{name}.csv"), Workspace(str(tmp_path)), True)
+        for name in ("rows", "wrong")
+    )
+    assert good.ok and good.detail.endswith("40 rows") and not wrong.ok
 
 
 def test_a_wrong_package_version_is_named(tmp_path, monkeypatch):
@@ -80,18 +78,12 @@ def test_a_wrong_package_version_is_named(tmp_path, monkeypatch):
     assert not check.ok and "peft<0.1, but you have peft" in check.detail
 
 
-def test_a_profile_out_of_reach_fails_with_remedies(tmp_path, monkeypatch):
-    """Each FAIL names what to do; `profile gpu80 needs more` alone helps nobody."""
+def test_what_a_profile_lacks_is_named_with_its_remedy(tmp_path, monkeypatch):
+    """`profile gpu80 needs more` alone helps nobody. A folder that is made later is checked on its disk."""
     monkeypatch.setattr(checks.machine, "gpu", lambda: None)
-    profile = changed("gpu80", model=str(tmp_path), data=str(tmp_path))
-    results = checks.checks(Workspace(str(tmp_path)), profile, offline=True)
-    assert {check.name for check in results if not check.ok} >= {"GPU", "Model", "Data"}
-    assert all(check.remedy for check in results if not check.ok)
-    assert "FAIL  GPU" in checks.report(results)
-
-
-def test_folder_that_does_not_exist_yet_is_checked_on_its_disk(tmp_path):
-    """workdir and cache are made later; their disk is known now."""
-    assert checks._disk("Disk", tmp_path / "a" / "b", 0, "").ok
-    full = checks._disk("Disk", tmp_path, 10**9, "use another")
-    assert not full.ok and "use another" in full.remedy
+    profile = replace(PROFILES["gpu80"], model=str(tmp_path), data=str(tmp_path))
+    monkeypatch.setitem(checks.NEEDS, "gpu80", (20, 10**9))
+    results = checks.checks(Workspace(str(tmp_path / "a" / "b")), profile, offline=True)
+    failed = {check.name: check.remedy for check in results if not check.ok}
+    assert failed.keys() >= {"GPU", "Model", "Data", "Disk for models"} and "Disk for runs" not in failed
+    assert all(failed.values()) and "FAIL  GPU" in checks.report(results)

@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from fiqa_helpers.base import WorkshopError
 from fiqa_helpers.machinery import machine
@@ -63,14 +62,6 @@ def test_cards_of_older_versions_are_still_read():
     read = from_card(old | {"topical_share": 0.5, "lora_targets": ["q_proj"], "learning_rate": 1})
     assert (read.model, read.training, read.lora_targets) == ("packaged", "topical", ("q_proj",))
     assert read.batch_size == REFERENCE.batch_size and read.topical_words == 0
-
-
-def test_an_impossible_profile_cannot_be_made():
-    """A rank of 0 put together in code, and found by a library in the middle of a run."""
-    with pytest.raises(ValidationError, match="lora_rank"):
-        replace(REFERENCE, lora_rank=0)
-    with pytest.raises(AttributeError):
-        REFERENCE.lora_rank = 4
 
 
 def test_differences_name_each_setting_and_no_other():
@@ -174,24 +165,17 @@ def test_training_and_topical_words_cannot_disagree():
     ("text", "sentence"),
     [
         ("{max_step: 20}", "'max_step', which no profile has: did you mean max_steps"),
-        ("{MAX_STEPS: 20}", "did you mean max_steps"),
         ("{zzz: 1}", "'zzz', which no profile has: known are model"),
         ("{name: mine}", "'name', which no profile has"),
-        ("{1: 2}", "names 1, which no profile has"),
         ("{max_steps: 0}", "max_steps is 0: Input should be -1 or .* greater than or equal to 1"),
         ("{learning_rate: 0}", "learning_rate is 0: Input should be greater than 0"),
         ("{learning_rate: .nan}", "learning_rate is nan"),
-        ("{learning_rate: 1e-4e}", "learning_rate is '1e-4e'"),
         ("{max_steps: 20.0}", "max_steps is 20.0: .* valid integer"),
         ("{gradient_checkpointing: 'yes'}", "gradient_checkpointing is 'yes': .* valid boolean"),
-        ("{prompt: Chat}", "prompt is 'Chat': Input should be 'plain' or 'chat'"),
-        ("{model: ''}", "model is ''"),
         ("{lora_targets: []}", "lora_targets is \\[\\]"),
         ("{lora_targets: [qproj]}", "lora_targets is 'qproj': Input should be 'q_proj', 'k_proj'"),
-        ("{lora_dropout: 1.0}", "lora_dropout is 1.0: .* less than or equal to 0.9"),
         ("{max_length: 2048}", "raise tokens_per_batch or lower max_length"),
         ("max_steps=20", "write a YAML mapping like {max_steps: 20}"),
-        ("[max_steps, 20]", "write a YAML mapping"),
         ("{max_steps: 20", "write a YAML mapping"),
         ("{seed: 2020-99-99}", "write a YAML mapping"),
         ("{seed: !!python/object/apply:os.system ['true']}", "write a YAML mapping"),

@@ -84,17 +84,9 @@ def test_a_wrong_merge_is_not_kept(tiny, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_adapter_of_another_base_is_refused(tiny, smollm2, tmp_path):
-    """PEFT leaves out what doesn't fit: base and "merged" model would be called 100 % equal."""
-    profile, _, adapter = tiny
-    with pytest.raises(WorkshopError, match="whole adapter for this model|made for another model"):
-        ship.merge_adapter(profile, str(smollm2), adapter, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-
-
-@pytest.mark.parametrize("damage", ["half", "cut", "no settings"])
-def test_half_an_adapter_is_refused(damage, tiny, tmp_path):
-    """Half of its matrices, a file that was cut, settings that are missing: nothing is merged silently."""
+@pytest.mark.parametrize("damage", ["half", "cut", "another base"])
+def test_an_adapter_that_does_not_fit_is_refused(damage, tiny, smollm2, tmp_path):
+    """PEFT leaves out what is missing or doesn't fit: base and "merged" model would be called 100 % equal."""
     from safetensors.torch import load_file, save_file
 
     profile, base, adapter = tiny
@@ -106,54 +98,33 @@ def test_half_an_adapter_is_refused(damage, tiny, tmp_path):
     elif damage == "cut":
         weights.write_bytes(weights.read_bytes()[:500])
     else:
-        (copy / "adapter_config.json").unlink()
-    with pytest.raises(WorkshopError, match="adapter"):
+        base = str(smollm2)
+    with pytest.raises(WorkshopError, match="adapter|made for another model"):
         ship.merge_adapter(profile, base, copy, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
-def ask(url: str, folder: Path | str, question: str, length: int):
-    """One completion, by the official client, as in notebook 07."""
-    import openai
-
-    client = openai.OpenAI(base_url=url, api_key="none", timeout=600, max_retries=0)
-    prompt = build_prompt(question, "plain")
-    found = client.completions.create(model=str(folder), prompt=prompt, max_tokens=length, temperature=0)
-    return found.choices[0]
-
-
 def test_served_answers_are_the_models(tiny, merged, tiny_tokenizer, tmp_path):
     """Base and tuned from one server: `generate`'s own text; and when the block ends nobody listens."""
+    import openai
     from transformers import AutoModelForCausalLM
 
     answers = {}
     with ship.serving(tmp_path / "serve.log") as url:
-        port = int(url.rpartition(":")[2].partition("/")[0])
-        for folder in (tiny[1], merged.folder):
+        client = openai.OpenAI(base_url=url, api_key="none", timeout=600, max_retries=0)
+        for folder in (tiny[1], str(merged.folder)):
             here = AutoModelForCausalLM.from_pretrained(folder)
-            found = [ask(url, folder, question, 6) for question in QUESTIONS]
-            alone = {"no_repeat_ngram_size": 0}  # an endpoint has no guard
-            expected = [
-                generate_answers(here, tiny_tokenizer, [question], "plain", 6, **alone)[0]
-                for question in QUESTIONS
-            ]
-            assert [one.text.strip() for one in found] == [answer.text for answer in expected]
-            assert [one.finish_reason == "stop" for one in found] == [one.stopped for one in expected]
-            answers[folder] = [one.text for one in found]
-    assert answers[tiny[1]] != answers[merged.folder]
-    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), timeout=2):
+            for question in QUESTIONS:  # an endpoint has no guard
+                alone = generate_answers(
+                    here, tiny_tokenizer, [question], "plain", 6, no_repeat_ngram_size=0
+                )[0]
+                asked = dict(model=folder, prompt=build_prompt(question), max_tokens=6, temperature=0)
+                found = client.completions.create(**asked).choices[0]
+                assert (found.text.strip(), found.finish_reason == "stop") == (alone.text, alone.stopped)
+                answers[folder, question] = found.text
+    assert answers[tiny[1], QUESTIONS[0]] != answers[str(merged.folder), QUESTIONS[0]]
+    with pytest.raises(OSError), socket.create_connection(url.split("/")[2].split(":"), timeout=2):
         pass
-
-
-@pytest.mark.slow
-def test_the_small_model_is_served(smollm2, tmp_path):
-    """The real SmolLM2, its tokenizer and its generation settings: what notebook 07 serves on a laptop."""
-    profile = load_profile("laptop")
-    asked = (model.load_base(profile), model.load_tokenizer(profile), QUESTIONS[:1], "plain", 12)
-    expected = generate_answers(*asked, no_repeat_ngram_size=0)[0]
-    with ship.serving(tmp_path / "serve.log") as url:
-        assert ask(url, smollm2, QUESTIONS[0], 12).text.strip() == expected.text
-    assert expected.text
 
 
 def test_a_server_that_ends_is_said(tmp_path, monkeypatch):

@@ -45,6 +45,8 @@ def test_links_between_the_pages_resolve(path):
     for target in re.findall(r"\]\((?!\w+:)([^)\s]+)", text):
         file, _, anchor = target.partition("#")
         there = path.parent / file if file else path
+        if there.parent == EXECUTED and not EXECUTED.exists():
+            continue  # written by `make executed`; once it is there, each must be
         assert there.exists(), f"{path.name} links to {target}"
         heads = re.findall(r"^#+ (.+)$", there.read_text("utf-8") if anchor else "", re.MULTILINE)
         anchors = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]

@@ -7,7 +7,7 @@ import pytest
 from checkout import PROJECT, checkout, new_shell
 
 TYPED = [
-    *("make check", "make lint", "make format", "make clean-notebooks", "make exercises"),
+    *("make check", "make lint", "make format", "make clean-notebooks", "make exercises", "make slides"),
     "nbstripout --keep-id notebooks/*.ipynb",
     "papermill --help-notebook notebooks/04_train.ipynb",
 ]

@@ -35,24 +35,26 @@ class Check:
     name: str
     ok: bool
     detail: str
-    remedy: str
+    remedy: str = ""
 
 
 def checks(workspace: Workspace, profile: "Profile", offline: bool = False) -> list[Check]:
     """All requirements of a run with `profile` in `workspace`; takes seconds, downloads nothing."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     memory, disk = NEEDS[profile.name]
+    models = cache_dir() if profile.model in ("packaged", "random") else Path(HF_HUB_CACHE)
+    larger = "set FIQA_CACHE (or HF_HOME) to a larger disk"
     return [
         _python(),
         _packages(),
         check_kernel(),
         _memory(memory),
         _disk("Disk for runs", workspace.root, 1, "set the parameter workdir to another folder"),
-        _disk(
-            "Disk for models", _model_folder(profile), disk, "set FIQA_CACHE (or HF_HOME) to a larger disk"
-        ),
+        _disk("Disk for models", models, disk, larger),
         _gpu(profile),
         _model(profile, offline),
-        _data(profile, offline),
+        _data(profile, workspace, offline),
         _packaged("MiniLM", "minilm", offline),
     ]
 
@@ -62,11 +64,11 @@ def report(results: list[Check]) -> str:
     lines = []
     for check in results:
         lines.append(f"{'OK  ' if check.ok else 'FAIL'}  {check.name:15}  {check.detail}")
-        if not check.ok:
-            lines.append(f"{'':23}-> {check.remedy}")
+        lines += [] if check.ok else [f"{'':23}-> {check.remedy}"]
     failed = sum(not check.ok for check in results)
-    lines.append(f"{failed} of {len(results)} requirements are not met." if failed else "Ready.")
-    return "\n".join(lines)
+    return "\n".join(
+        [*lines, f"{failed} of {len(results)} requirements are not met." if failed else "Ready."]
+    )
 
 
 def _python() -> Check:
@@ -100,10 +102,9 @@ def check_kernel() -> Check:
 
 
 def _memory(needed: int) -> Check:
-    total = machine.ram_gib()
-    detail = f"{total:.1f} GiB, {machine.cpu_cores()} cores ({machine.cpu_name()})"
+    detail = f"{machine.ram_gib():.1f} GiB, {machine.cpu_cores()} cores ({machine.cpu_name()})"
     remedy = f"this profile wants {needed} GiB: close other programs, or take a machine with more"
-    return Check("Memory, CPU", total >= needed, detail, remedy)
+    return Check("Memory, CPU", machine.ram_gib() >= needed, detail, remedy)
 
 
 def _disk(name: str, folder: Path, needed: int, remedy: str) -> Check:
@@ -114,30 +115,23 @@ def _disk(name: str, folder: Path, needed: int, remedy: str) -> Check:
     return Check(name, writable and free >= needed, detail, f"{needed} GiB are needed: {remedy}")
 
 
-def _model_folder(profile: "Profile") -> Path:
-    """Where the profile's model is, or will be, on the disk."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return cache_dir() if profile.model in ("packaged", "random") else Path(HF_HUB_CACHE)
-
-
 def _gpu(profile: "Profile") -> Check:
-    card, wanted = machine.gpu(), profile.device == "cuda"
-    if card is None:
-        return Check("GPU", not wanted, "none", "take profile laptop, or a machine with an NVIDIA GPU")
-    usable = not card.problem
-    detail = f"{card.name}, {card.problem or f'{card.free_gib:.1f} of {card.total_gib:.1f} GiB free'}"
-    remedy = "take profile laptop, or a working card of the Ampere generation or newer, for bf16"
-    return Check("GPU", usable or not wanted, detail, remedy)
+    card = machine.gpu()
+    detail = "none"
+    if card:
+        detail = f"{card.name}, {card.problem or f'{card.free_gib:.1f} of {card.total_gib:.1f} GiB free'}"
+    usable = card and not card.problem
+    remedy = "take profile laptop, or a working NVIDIA card of the Ampere generation or newer, for bf16"
+    return Check("GPU", bool(usable) or profile.device == "cpu", detail, remedy)
 
 
 def _packaged(name: str, key: str, offline: bool) -> Check:
     """An asset of the package index: whole in the cache, in a wheel beside the project, or to be fetched."""
     asset = assets.ASSETS[key]
     if assets.in_cache(key):
-        return Check(name, True, f"{asset.title}, whole, in {cache_dir()}", FETCH)
+        return Check(name, True, f"{asset.title}, whole, in {cache_dir()}")
     if wheel := assets.local_wheel(asset):
-        return Check(name, True, f"{asset.title}, to be taken out of {wheel}", FETCH)
+        return Check(name, True, f"{asset.title}, to be taken out of {wheel}")
     pip = [sys.executable, "-m", "pip", "index", "versions", "--timeout=10", "--retries=0", asset.package]
     found = not offline and subprocess.run(pip, capture_output=True).returncode == 0
     detail = f"{asset.title} is {'to be fetched with pip' if found else f'not in {cache_dir()}'}"
@@ -153,40 +147,42 @@ def _model(profile: "Profile", offline: bool) -> Check:
     folder = Path(profile.model).expanduser()
     try:
         if not folder.is_dir():
-            cached = {"revision": profile.model_revision, "local_files_only": True}
-            folder = Path(snapshot_download(profile.model, **cached))
-        index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
-        if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        whole = all((folder / name).is_file() for name in ("config.json", *names))
+            revision = profile.model_revision
+            folder = Path(snapshot_download(profile.model, revision=revision, local_files_only=True))
+        index = folder / "model.safetensors.index.json"
+        shards = json.loads(index.read_text("utf-8"))["weight_map"] if index.is_file() else {}
+        files = {"config.json", *(shards.values() or ["model.safetensors"])}
+        whole = all((folder / name).is_file() for name in files)
     except (OSError, ValueError):  # it is in no cache, or the name is no hub's
         whole = False
     if whole:
-        return Check("Model", True, f"{profile.model}, whole, in {folder}", "")
+        return Check("Model", True, f"{profile.model}, whole, in {folder}")
     return _on_hub("Model", profile.model, "model", offline)
 
 
-def _data(profile: "Profile", offline: bool) -> Check:
+def _data(profile: "Profile", workspace: Workspace, offline: bool) -> Check:
     """The packaged rows, rows of the hub, or one's own files, read once as notebook 01 reads them."""
     if profile.data == "packaged":
         return _packaged("Data", "fiqa_test", offline)
     if profile.data.partition("@")[0] == "hub" and not offline:
         return _on_hub("Data", "explodinggradients/fiqa", "dataset", offline)
     try:
-        _, found = load_with_report(profile.data)
+        _, found = load_with_report(profile.data, workspace)
     except WorkshopError as error:
         return Check("Data", False, str(error), "run notebook 01 while there is a network")
-    return Check("Data", True, f"{found.source}: {sum(found.rows.values()):,} rows", "")
+    return Check("Data", True, f"{found.source}: {sum(found.rows.values()):,} rows")
 
 
 def _on_hub(name: str, repository: str, kind: str, offline: bool) -> Check:
     """What is not on the disk: offline it cannot be had, else the hub is asked for it."""
     from huggingface_hub import HfApi
 
-    remedy = f"check the network, or give a folder: overrides '{{{name.lower()}: /path/to/folder}}'"
-    found, reason = False, "is not whole on this disk"
     try:
         found = not offline and bool(HfApi().repo_info(repository, repo_type=kind, timeout=10))
-    except Exception as error:  # a dozen kinds, all meaning that it cannot be had
-        reason += f", and the hub cannot be asked ({type(error).__name__})"
-    return Check(name, found, f"{repository} {'is on the hub' if found else reason}", remedy)
+    except Exception:  # a dozen kinds, all meaning that it cannot be had
+        found = False
+    detail = (
+        f"{repository} is {'on the hub' if found else 'not whole on this disk, nor to be had from the hub'}"
+    )
+    remedy = f"check the network, or give a folder: overrides '{{{name.lower()}: /path/to/folder}}'"
+    return Check(name, found, detail, remedy)

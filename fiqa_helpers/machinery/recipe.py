@@ -25,7 +25,6 @@ import torch.distributed as dist
 from nemo_automodel.cli import app
 from nemo_automodel.components._peft.lora import apply_lora_to_linear_modules
 from nemo_automodel.components.config._arg_parser import parse_args_and_load_config
-from nemo_automodel.components.config.loader import ConfigNode
 from nemo_automodel.components.distributed.config import FSDP2Config
 from nemo_automodel.recipes._typed_config import RecipeConfig
 from nemo_automodel.recipes.llm.train_ft import TrainFinetuneRecipeForNextTokenPrediction
@@ -90,56 +89,6 @@ def split_pack(pack: dict[str, object], tokens: int) -> list[dict[str, object]]:
     return [packed_collate(group) for group in split_rows(rows, tokens, "packed")]
 
 
-class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
-    """NeMo's recipe for fine-tuning, with a bound on the tokens of a pass and reports that can be followed.
-
-    Every record is in training.jsonl and validation.jsonl at once (NeMo keeps a hundred back) and in
-    TensorBoard; `lr` is the rate that the step was taken with (NeMo's is the next step's). A failure of one
-    process ends all of them.
-    """
-
-    def setup(self) -> None:
-        with end_all_together():
-            super().setup()
-        if torch.cuda.is_available():
-            lighten_norms(self.model_parts[0])
-        self.tokens_per_pass = self.cfg.get("packing.tokens_per_pass")
-        folder = f"{self.checkpointer.config.checkpoint_dir}/tensorboard"
-        self.boards = SummaryWriter(folder) if self.dist_env.is_main else None
-
-    def _run_train_optim_step(self, batches, max_grad_norm=None):
-        rate = self.optimizer[0].param_groups[0]["lr"]
-        passes = [part for batch in batches for part in split_pack(batch, self.tokens_per_pass)]
-        most = int(self._dp_allreduce(torch.tensor(len(passes)), op=dist.ReduceOp.MAX))
-        # FSDP2 gathers weights in every pass, so all processes make as many: without loss where rows ran out
-        idle = packed_collate([{"input_ids": [0, 0], "labels": [IGNORE_INDEX] * 2}])
-        record = super()._run_train_optim_step(passes + [idle] * (most - len(passes)), max_grad_norm)
-        record.metrics |= {"lr": rate, "steps": self.step_scheduler.max_steps, "passes": most}
-        record.metrics["mem"] = (
-            peak_memory_gib()
-        )  # NeMo's own would be 0 on a CPU, and leave out what is reserved
-        return record
-
-    def log_train_metrics(self, log_data) -> None:
-        super().log_train_metrics(log_data)
-        self._write("train", log_data, self.metric_logger_train, ("loss", "lr", "grad_norm", "tps", "mem"))
-
-    def log_val_metrics(self, val_name, log_data, metric_logger=None) -> None:
-        super().log_val_metrics(val_name, log_data, metric_logger)
-        self._write("validation", log_data, metric_logger, ("val_loss",))
-
-    def _write(self, group: str, record, logger, names: tuple[str, ...]) -> None:
-        if self.boards is not None:
-            logger.flush()
-            for name in names:
-                self.boards.add_scalar(f"{group}/{name}", float(record.metrics[name]), record.step + 1)
-            self.boards.flush()
-
-    def run_train_validation_loop(self) -> None:
-        with end_all_together():
-            super().run_train_validation_loop()
-
-
 @contextlib.contextmanager
 def end_all_together() -> Iterator[None]:
     """End this process at once on an error, so that torchrun ends the others.
@@ -154,6 +103,58 @@ def end_all_together() -> Iterator[None]:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
+
+
+TENSORBOARD = {"loss", "lr", "grad_norm", "tps", "mem", "val_loss"}
+
+
+class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
+    """NeMo's recipe for fine-tuning, with a bound on the tokens of a pass and reports that can be followed.
+
+    Every record is in training.jsonl and validation.jsonl at once (NeMo keeps a hundred back) and in
+    TensorBoard; `lr` is the rate that the step was taken with (NeMo's is the next step's). A failure of one
+    process ends all of them.
+    """
+
+    @end_all_together()
+    def setup(self) -> None:
+        super().setup()
+        if torch.cuda.is_available():
+            lighten_norms(self.model_parts[0])
+        self.tokens_per_pass = self.cfg.get("packing.tokens_per_pass")
+        folder = f"{self.checkpointer.config.checkpoint_dir}/tensorboard"
+        self.boards = SummaryWriter(folder) if self.dist_env.is_main else None
+
+    def _run_train_optim_step(self, batches, max_grad_norm=None):
+        rate = self.optimizer[0].param_groups[0]["lr"]
+        passes = [part for batch in batches for part in split_pack(batch, self.tokens_per_pass)]
+        most = int(self._dp_allreduce(torch.tensor(len(passes)), op=dist.ReduceOp.MAX))
+        # FSDP2 gathers weights in every pass, so all processes make as many: without loss where rows ran out
+        idle = packed_collate([{"input_ids": [0, 0], "labels": [IGNORE_INDEX] * 2}])
+        record = super()._run_train_optim_step(passes + [idle] * (most - len(passes)), max_grad_norm)
+        # NeMo's own memory would be 0 on a CPU, and leave out what torch has reserved on a GPU
+        last = self.step_scheduler.max_steps
+        record.metrics |= {"lr": rate, "steps": last, "passes": most, "mem": peak_memory_gib()}
+        return record
+
+    def log_train_metrics(self, log_data) -> None:
+        super().log_train_metrics(log_data)
+        self._write("train", log_data, self.metric_logger_train)
+
+    def log_val_metrics(self, val_name, log_data, metric_logger=None) -> None:
+        super().log_val_metrics(val_name, log_data, metric_logger)
+        self._write("validation", log_data, metric_logger)
+
+    def _write(self, group: str, record, logger) -> None:
+        if self.boards is not None:
+            logger.flush()
+            for name in TENSORBOARD & record.metrics.keys():
+                self.boards.add_scalar(f"{group}/{name}", float(record.metrics[name]), record.step + 1)
+            self.boards.flush()
+
+    @end_all_together()
+    def run_train_validation_loop(self) -> None:
+        super().run_train_validation_loop()
 
 
 # --- A run checked before it starts.
@@ -194,7 +195,7 @@ def check_recipe(changes: Sequence[str] = (), gpus: int = 1, tokenizer=None) -> 
         raise WorkshopError(f"NeMo AutoModel can't build this run ({error}).") from error
 
 
-def _build(config: ConfigNode, recipe: RecipeConfig, gpus: int, tokenizer) -> dict[str, object]:
+def _build(config, recipe: RecipeConfig, gpus: int, tokenizer) -> dict[str, object]:
     folder = Path(config.get("checkpoint.checkpoint_dir"))
     if any(folder.glob("epoch_*_step_*")):
         raise WorkshopError(f"{folder} holds a run, and NeMo would go on with it: name a new checkpoint_dir.")

@@ -3,10 +3,10 @@
 import contextlib
 import os
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -67,8 +67,8 @@ def merge_adapter(profile: "Profile", base: str, adapter: Path, target: Path) ->
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
     merged.generation_config = GenerationConfig(eos_token_id=sorted(ends), **tokens)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        partial = Path(folder) / "merged"
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         del tuned, merged
@@ -79,8 +79,6 @@ def merge_adapter(profile: "Profile", base: str, adapter: Path, target: Path) ->
         if not report.largest_change <= allowed * report.logit_spread:
             raise WorkshopError(f"The merged model is not base and adapter ({report}): it was not kept.")
         partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return report
 
 
@@ -89,9 +87,9 @@ def plain_model(profile: "Profile", name: str) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     model.free_memory()
-    settings = {} if Path(name).is_dir() else {"revision": profile.model_revision}
+    settings = {"dtype": profile.dtype, "revision": profile.model_revision}  # a folder has no revisions
     with model.refuse_missing_weights():
-        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=profile.dtype, **settings)
+        loaded = AutoModelForCausalLM.from_pretrained(name, **settings)
     return loaded.to(profile.device).eval()
 
 
@@ -189,7 +187,7 @@ def write_model_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    from fiqa_helpers.metrics import METRICS
+    from fiqa_helpers.metrics import table
 
     profile = run_card["profile"]
     base = {"packaged": SMOLLM2, "random": None}.get(profile["model"], profile["model"])
@@ -209,8 +207,7 @@ def write_model_card(
         versions=run_card["versions"],
         prompt=build_prompt("{question}") if profile["prompt"] == "plain" else None,
         evaluation=evaluation,
-        floors=evaluation["floors"] if evaluation else {},
-        metrics=METRICS,
+        lines=table(evaluation["comparisons"], evaluation["floors"]) if evaluation else [],
     )
     card.save(folder / "README.md")
     return folder / "README.md"

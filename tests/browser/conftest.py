@@ -7,23 +7,14 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from browser import chromium, jupyterlab  # noqa: E402
+from browser import jupyterlab  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
-    """Everything here is marked `browser`; without Chromium or playwright it is skipped by name."""
-    missing = []
-    if chromium() is None:
-        missing.append("Chromium is not installed")
-    try:
-        import playwright.sync_api  # noqa: F401
-    except ImportError:
-        missing.append("playwright is not installed")
+    """Everything here is marked `browser`; the fixture of that name skips where Chromium is missing."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.browser)
-            if missing:
-                item.add_marker(pytest.mark.skip(reason=" and ".join(missing)))
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +24,7 @@ def served(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def lab(served):
+def lab(served, browser):
     with jupyterlab(served) as (address, token):
         yield address, token
 
