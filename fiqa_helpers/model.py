@@ -5,8 +5,6 @@ import ctypes
 import gc
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +18,6 @@ from fiqa_helpers.profiles import PROFILES, Profile, disagreement
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
     from peft import LoraConfig
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -54,9 +51,7 @@ def load_tokenizer(profile: Profile) -> "PreTrainedTokenizerBase":
         known = tokenizer.get_vocab()
         spare = [token for token in SPARE_TOKENS if token in known and token != tokenizer.eos_token]
         if not spare:
-            raise WorkshopError(
-                f"{profile.model}: its tokenizer has no token to pad with besides its end token."
-            )
+            raise WorkshopError(f"{profile.model} has no token to pad with besides its end token.")
         tokenizer.pad_token = spare[0]
     return tokenizer
 
@@ -228,13 +223,14 @@ def tiny_model(tokenizer: "PreTrainedTokenizerBase", seed: int = 0) -> "PreTrain
 def _random_folder() -> Path:
     """Folder of `tiny_model` with SmolLM2's tokenizer, made on first use: what profile tiny loads."""
     folder = cache_dir() / "random_llama"
-    if not folder.is_dir():
+
+    def make(work: Path) -> Path:
         tokenizer = load_tokenizer(PROFILES["laptop"])
-        with tempfile.TemporaryDirectory(dir=cache_dir(), ignore_cleanup_errors=True) as made:
-            tokenizer.save_pretrained(made)
-            tiny_model(tokenizer).save_pretrained(made)
-            with contextlib.suppress(OSError):  # another process was faster
-                os.replace(made, folder)
+        tokenizer.save_pretrained(work / "model")
+        tiny_model(tokenizer).save_pretrained(work / "model")
+        return work / "model"
+
+    assets.make_once(folder, folder.is_dir, make)
     return folder
 
 
@@ -427,24 +423,3 @@ def adapter_folder(workspace: Workspace, profile: Profile) -> Path:
         return own
     print(f"Notebook 04 was not run in this workdir, so this is not your adapter.\n{kept.label}.")
     return kept.folder / "adapter"
-
-
-def draw_losses(kept: KeptRun, own: "pd.DataFrame | None" = None) -> tuple["Figure", str]:
-    """(figure, alt text): losses of the precomputed run, and the validation loss of `own` history beside."""
-    from matplotlib.figure import Figure
-
-    history = kept.history()
-    validation = history["eval_loss"].dropna()
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(history["loss"].dropna(), ".", color="#0072B2", alpha=0.4, label="precomputed: training")
-    axes.plot(validation, "--D", color="#E69F00", ms=5, label="precomputed: validation")
-    alt = f"Validation loss of the precomputed run: {validation.iloc[0]:.3f} at step {validation.index[0]}, "
-    alt += f"lowest {validation.min():.3f} at step {validation.idxmin()}, last {validation.iloc[-1]:.3f}."
-    if own is not None:
-        mine = own["eval_loss"].dropna()
-        axes.plot(mine, "-s", color="black", ms=5, label="your run: validation")
-        alt += f" Yours: {mine.iloc[0]:.3f}, then {mine.min():.3f}."
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per answer token")
-    axes.legend(frameon=False)
-    return figure, alt

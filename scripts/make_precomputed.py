@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -33,7 +34,10 @@ def main() -> int:
     if sys.argv[1:] != ["--page"]:
         take_over(Path(sys.argv[1]), kept.folder)
         picture = io.BytesIO()
-        model.draw_losses(kept)[0].savefig(picture, dpi=100)
+        axes = Figure(figsize=(8, 3.4), layout="constrained").subplots()
+        losses = kept.history()[["loss", "eval_loss"]]
+        losses.plot(ax=axes, style=[".", "D"], xlabel="optimizer step", ylabel="nats per answer token")
+        axes.figure.savefig(picture, dpi=100)
         with_palette(picture, kept.folder / "plots" / "04_losses.png")
     (kept.folder / "README.md").write_text(page(kept), encoding="utf-8")
     size = sum(path.stat().st_size for path in kept.folder.rglob("*") if path.is_file())
@@ -95,7 +99,6 @@ def page(kept: model.KeptRun) -> str:
         best=validation.min(),
         best_step=validation.idxmin(),
         last=validation.iloc[-1],
-        losses=model.draw_losses(kept)[1],
         answers="\n".join(line(map(cell, row)) for row in answers),
         rows=evaluation["rows"],
         test_rows=evaluation["test_rows"],

