@@ -117,3 +117,25 @@ def test_what_cannot_be_done_is_said(ground):
     ground.start()
     assert ground.worker is worker
     worker.join(120)
+
+
+def test_the_blind_test_is_blind_counts_and_escapes():
+    """Cards in the order they came in, or a truth that shows before the guess, make it no test."""
+    names = (generate.UNTUNED, "tuned", "a person")
+    answers = {name: [f"<i>{name}</i> " + f"{i} " * 80 for i in range(4)] for name in names}
+    questions = [f"question {i}?" for i in range(4)]
+    cards = generate.blind_cards(questions, answers, lambda text: 0.1 if generate.UNTUNED in text else 0.9)
+    assert len(cards) == 10 and {len(card.text.split()) for card in cards} <= {60}
+    assert [card.truth for card in cards] != sorted(card.truth for card in cards)
+    for card in cards:
+        assert card.text in [" ".join(text.split()[:60]) for text in answers[card.truth]]
+        assert card.question.split()[1] == f"{card.text.split()[-1]}?", "a card has another's question"
+    boxes = generate.blind_test(cards).children
+    for (text, buttons, told), card in zip((box.children for box in boxes), cards, strict=True):
+        assert "<i>" not in text.value and told.value == ""
+        buttons.value = card.truth
+        assert f"It is: {card.truth}." in told.value
+    assert "10 of 10 right" in told.value and "10 right" in told.value.split("says")[1]
+    buttons.value = next(name for name in names if name != card.truth)
+    assert "10 of 10 right" in told.value, "only the first guess counts"
+    assert not generate.blind_cards(questions, answers)[0].heard
