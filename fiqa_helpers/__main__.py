@@ -90,17 +90,13 @@ def own_parameters(notebooks: list[Path], given: list[str], fresh: bool = False)
     Raises:
         WorkshopError: none of `notebooks` has a parameter of that name.
     """
-    known = {notebook: papermill.inspect_notebook(str(notebook)) for notebook in notebooks}
+    known = {notebook: set(papermill.inspect_notebook(str(notebook))) for notebook in notebooks}
     values = {name: yaml.safe_load(value) for name, _, value in (text.partition("=") for text in given)}
-    for name in values:
-        if not any(name in names for names in known.values()):
-            raise WorkshopError(f"-p {name}: no such parameter in {', '.join(path.stem for path in known)}.")
-    if fresh:
-        values["on_existing"] = "fresh"
-    return {
-        notebook: {name: value for name, value in values.items() if name in names}
-        for notebook, names in known.items()
-    }
+    if unknown := values.keys() - set.union(*known.values()):
+        stems = ", ".join(notebook.stem for notebook in notebooks)
+        raise WorkshopError(f"-p {unknown.pop()}: no such parameter in {stems}.")
+    values |= {"on_existing": "fresh"} if fresh else {}
+    return {path: {name: values[name] for name in names & values.keys()} for path, names in known.items()}
 
 
 def use_own_kernel() -> None:
@@ -110,9 +106,9 @@ def use_own_kernel() -> None:
         WorkshopError: it takes another one all the same.
     """
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
-    kernel = checks.check_kernel()
-    if not kernel.ok:
-        raise WorkshopError(f"{kernel.detail}: {kernel.remedy}.")
+    fits, found = checks.kernel()
+    if not fits:
+        raise WorkshopError(f"{found}, not {sys.executable}: {checks.KERNEL}.")
 
 
 def execute(notebook: Path, workspace: Workspace, values: dict, label: str) -> None:
@@ -196,10 +192,7 @@ def check(
 
 @app.command()
 def ask(
-    questions: Questions,
-    profile: ProfileName = "auto",
-    overrides: Overrides = "",
-    workdir: Workdir = "",
+    questions: Questions, profile: ProfileName = "auto", overrides: Overrides = "", workdir: Workdir = ""
 ) -> None:
     """Answer with the untuned and the tuned model side by side, as notebook 05 does.
 
@@ -214,9 +207,9 @@ def ask(
     tokenizer = model.load_tokenizer(profile)
     # Refused before the weights are loaded, if a question is too long.
     generate.prompts(questions, tokenizer, profile.prompt, model.base_config(profile), profile.max_new_tokens)
-    typer.echo("Loading the base model and the adapter; then both answer ...", err=True)
     from peft import PeftModel  # takes seconds
 
+    typer.echo("Loading the base model and the adapter; then both answer ...", err=True)
     tuned = PeftModel.from_pretrained(model.load_base(profile), folder)
     asked = (tuned, tokenizer, questions, profile.prompt, profile.max_new_tokens)
     with tuned.disable_adapter():
@@ -250,8 +243,8 @@ def line_of(folder: str) -> list[str]:
     results = [shape.format(**found[name]) if name in found else "-" for name, shape in shapes.items()]
     last = max(cards.values(), key=lambda card: card["written"])
     profile = from_card(last["profile"])
-    pairs = {name: (getattr(profile, name), getattr(PROFILES[profile.name], name)) for name in SETTINGS}
-    changed = [f"{name} {value}" for name, (value, usual) in pairs.items() if value != usual]
+    here, usual = (vars(settings) for settings in (profile, PROFILES[profile.name]))
+    changed = [f"{name} {here[name]}" for name in SETTINGS if here[name] != usual[name]]
     loss = cards.get("04", {"figure": "-"})["figure"]
     return [folder, loss, *results, last["notebook"], ", ".join([profile.name, *changed])]
 

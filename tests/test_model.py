@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from importlib import metadata
 
 import pytest
 import torch
@@ -90,11 +89,6 @@ def test_a_saved_adapter_gives_equal_logits_on_a_plain_model(base, smollm2, tmp_
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 4e6
 
 
-def test_the_shim_is_written_for_this_version():
-    """NeMo AutoModel moved on: its questions may be others, and the pin in pyproject.toml no longer holds."""
-    assert metadata.version("nemo-automodel") == "0.7.0"
-
-
 @on_cpu
 def test_nemo_still_needs_the_shim_and_asks_as_it_assumes(tiny_folder):
     """Two questions: an index for a device object, then the device for the weights; no more, no others."""
@@ -111,21 +105,14 @@ def test_nemo_still_needs_the_shim_and_asks_as_it_assumes(tiny_folder):
     assert answers == [0, torch.device("cpu")]
 
 
-def test_the_shim_restores_what_it_replaced():
-    """A process in which torch.cuda answers wrongly for good, after an error above all."""
+def test_the_shim_restores_what_it_replaced(monkeypatch):
+    """torch.cuda answers wrongly for good, after an error; a GPU machine's model goes to the CPU."""
     before = torch.cuda.current_device
-    with model.nemo_on_cpu():
-        assert torch.cuda.is_available() or torch.cuda.current_device is not before
-    assert torch.cuda.current_device is before
     with pytest.raises(KeyError), model.nemo_on_cpu():
+        assert torch.cuda.is_available() or torch.cuda.current_device is not before
         raise KeyError
     assert torch.cuda.current_device is before
-
-
-def test_the_shim_does_nothing_where_cuda_is_there(monkeypatch):
-    """A model of a GPU machine loaded to the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    before = torch.cuda.current_device
     with model.nemo_on_cpu():
         assert torch.cuda.current_device is before
 
@@ -145,29 +132,10 @@ def test_the_profile_decides_the_dtype(tiny_folder, dtype):
 
 def test_the_8b_model_is_counted_exactly():
     """The reference run's own figures, on any machine, without its weights."""
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
     config, lora = model.reference_config(), model.lora_config(REFERENCE)
     assert model.count_parameters(config, lora) == (6_815_744, 8_030_261_248)
-    with torch.device("meta"):
-        tuned = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
-    assert tuned.get_nb_trainable_parameters() == (6_815_744, 8_037_076_992)  # what PEFT prints
-
-
-def test_the_gpu_profiles_train_what_the_reference_run_trains():
-    """A profile whose adapter is of another size than the recipe's."""
     for name in ("gpu24", "gpu80"):
-        assert model.lora_config(PROFILES[name]).to_dict() == model.lora_config(REFERENCE).to_dict()
-
-
-def test_counting_follows_the_profile(llama3_tokenizer):
-    """A count that does not come from the model it is said to describe."""
-    config = model.tiny_model(llama3_tokenizer).config
-    profile = load_profile("tiny", "{lora_rank: 2, lora_targets: [q_proj]}")
-    trainable, base = model.count_parameters(config, model.lora_config(profile))
-    assert trainable == 2 * 2 * (64 + 64)  # 2 layers; A and B of rank 2 on a 64 x 64 layer
-    assert base == model.tiny_model(llama3_tokenizer).num_parameters()
+        assert model.lora_config(PROFILES[name]).to_dict() == lora.to_dict()
 
 
 def test_the_tiny_model_is_the_same_every_time_and_leaves_the_random_state_alone(llama3_tokenizer):
@@ -243,25 +211,20 @@ def refused(folder, what: str, load=model.load_base) -> None:
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize("load", [model.load_tokenizer, model.load_base])
-@pytest.mark.parametrize(
-    "name", ["/nowhere/at/all", "./not-here", "no-such/model", "two words/and more/parts"]
-)
-def test_a_model_that_is_not_there(load, name):
+def test_a_model_that_is_not_there():
     """Sixty frames of a hub client, with the one useful line in the middle."""
-    refused(name, name, load)
+    for name in ("/nowhere/at/all", "no-such/model", "two words/and more/parts"):
+        refused(name, name, model.load_tokenizer)
+        refused(name, name)
 
 
 BROKEN = {
     "no config": ("config.json", None),
-    "config no JSON": ("config.json", b"{"),
     "config empty": ("config.json", b"{}"),
     "no weights": ("model.safetensors", None),
-    "weights empty": ("model.safetensors", b""),
     "weights cut": ("model.safetensors", 20_000),
     "weights noise": ("model.safetensors", b"\xff" * 5_000),
     "tokenizer": ("tokenizer.json", b"{"),
-    "tokenizer's config": ("tokenizer_config.json", b"{"),
 }
 
 

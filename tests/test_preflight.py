@@ -38,7 +38,7 @@ def test_a_damaged_asset_is_noticed(tmp_path, monkeypatch, fiqa_rows):
     folder.mkdir()
     (folder / "test.jsonl").write_bytes(content)
     monkeypatch.setenv("FIQA_CACHE", str(tmp_path))
-    assert not checks._data(LAPTOP, Workspace(), True).ok
+    assert not checks._data(LAPTOP, Workspace(), True)[0]
 
 
 def test_a_hub_model_counts_only_with_all_its_files(tmp_path):
@@ -49,10 +49,10 @@ def test_a_hub_model_counts_only_with_all_its_files(tmp_path):
     index = {"weight_map": {"a": shards[0], "b": shards[1]}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / shards[0]).touch()
-    assert not checks._model(profile, True).ok
+    assert not checks._model(profile, True)[0]
     (tmp_path / shards[1]).touch()
-    assert checks._model(profile, True).ok
-    assert not checks._model(replace(profile, model="nobody/nothing"), True).ok
+    assert checks._model(profile, True)[0]
+    assert not checks._model(replace(profile, model="nobody/nothing"), True)[0]
 
 
 def test_own_rows_are_read(project, tmp_path):
@@ -64,7 +64,7 @@ def test_own_rows_are_read(project, tmp_path):
         checks._data(replace(LAPTOP, data=f"{name}.csv"), Workspace(str(tmp_path)), True)
         for name in ("rows", "wrong")
     )
-    assert good.ok and good.detail.endswith("40 rows") and not wrong.ok
+    assert good[0] and good[1].endswith("40 rows") and not wrong[0]
 
 
 def test_a_wrong_package_version_is_named(tmp_path, monkeypatch):
@@ -74,8 +74,8 @@ def test_a_wrong_package_version_is_named(tmp_path, monkeypatch):
     text = "Metadata-Version: 2.1\nName: fiqa-workshop\nVersion: 9.9\nRequires-Dist: peft<0.1\n"
     (folder / "METADATA").write_text(text)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    check = checks._packages()
-    assert not check.ok and "peft<0.1, but you have peft" in check.detail
+    fits, found = checks._packages()
+    assert not fits and "peft<0.1, but you have peft" in found
 
 
 def test_what_a_profile_lacks_is_named_with_its_remedy(tmp_path, monkeypatch):
