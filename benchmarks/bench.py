@@ -41,7 +41,9 @@ def on_gpu(args: argparse.Namespace) -> None:
     ends = time.monotonic() + 60 * args.minutes
     started, found = time.strftime("%Y-%m-%d"), []
     if {"nemo-native", "nemo-recipe"} & {*args.only.split(",")}:
-        subprocess.run([sys.executable, HERE / "random_8b.py"], check=True)
+        subprocess.run(
+            [sys.executable, "-c", "import contenders; contenders.random_folder()"], cwd=HERE, check=True
+        )
     for name in args.only.split(","):
         began = time.monotonic()
         card = run(name, args, ends - began)

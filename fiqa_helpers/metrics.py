@@ -82,18 +82,17 @@ class Metric:
 
     title: str
     better: int
-    meaning: str
 
 
 METRICS = {
-    "similarity": Metric("semantic similarity", 1, "MiniLM cosine, whole texts (primary)"),
-    "tfidf": Metric("topic words", 1, "TF-IDF cosine of the words that are no stop words"),
-    "token_f1": Metric("token F1", 1, "shared words, whatever their order, whole texts"),
-    "token_f1_60": Metric("token F1, 60 words", 1, "the same of the first 60 words of both texts"),
-    "voice": Metric("voice", 1, "how little a text is recognised as the untuned model's"),
-    "stopped": Metric("stopped by itself", 1, "share of answers that ended before the length limit"),
-    "repeated": Metric("repeated 4-grams", -1, "share of word 4-grams that occurred before"),
-    "nll": Metric("reference NLL", -1, "nats per token of the reference answer"),
+    "similarity": Metric("semantic similarity", 1),  # MiniLM cosine, whole texts (primary)
+    "tfidf": Metric("topic words", 1),  # TF-IDF cosine of the words that are no stop words
+    "token_f1": Metric("token F1", 1),  # shared words, whatever their order, whole texts
+    "token_f1_60": Metric("token F1, 60 words", 1),  # the same of the first 60 words of both texts
+    "voice": Metric("voice", 1),  # how little a text is recognised as the untuned model's
+    "stopped": Metric("stopped by itself", 1),  # share of answers that ended before the length limit
+    "repeated": Metric("repeated 4-grams", -1),  # share of word 4-grams that occurred before
+    "nll": Metric("reference NLL", -1),  # nats per token of the reference answer
 }
 PRIMARY = "similarity"
 VERSION = 3  # raise it when a definition changes: summaries name it
@@ -221,8 +220,7 @@ def floors(rows: Sequence[dict], seed: int = 0) -> dict[str, list[str]]:
 
 def derangement(n: int, seed: int = 0) -> list[int]:
     """A random order of 0..n-1 that leaves nothing in its place, uniform over all of them; n >= 2."""
-    generator = random.Random(seed)
-    order = list(range(n))
+    generator, order = random.Random(seed), list(range(n))
     while any(i == place for i, place in enumerate(order)):  # succeeds once in e tries on average
         generator.shuffle(order)
     return order

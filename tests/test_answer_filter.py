@@ -34,6 +34,8 @@ def test_rows_that_are_left(similarity):
     assert made["question"] == ["q2", "q3", "q4"]
     assert [row["ground_truths"] for row in made][:2] == [[TEXT.strip()], [TEXT.strip()]]
     assert len(made[2]["ground_truths"][0].split()) <= 200
+    with pytest.raises(WorkshopError, match="leaves no training row"):
+        topical_answers(rows("Yes."), 20, similarity)
 
 
 def test_answers_on_their_topic(similarity):
@@ -50,9 +52,3 @@ def test_answers_on_their_topic(similarity):
         f"I like my tea in the morning, with milk. {loan}",
         f"{loan} It rained all day, and so we stayed.",
     )
-
-
-def test_nothing_on_topic_is_said(similarity):
-    """An empty training split would fail two notebooks later, in the Trainer."""
-    with pytest.raises(WorkshopError, match="leaves no training row"):
-        topical_answers(rows("Yes."), 20, similarity)

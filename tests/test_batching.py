@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fiqa_helpers.base import WorkshopError
-from fiqa_helpers.rows import IGNORE_INDEX, StepCollator, pack_rows, pad_rows, split_rows
+from fiqa_helpers.rows import IGNORE_INDEX, StepCollator, split_rows
 
 PAD = 9_999
 layouts = pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -106,20 +106,6 @@ def row(length: int) -> dict:
     return {"input_ids": ids, "labels": [IGNORE_INDEX, *ids[1:]]}
 
 
-def test_the_shapes_of_three_rows():
-    """The two layouts of notebook 02's picture: 3 rows of 5, 3 and 2 tokens."""
-    rows = [row(5), row(3), row(2)]
-    assert pad_rows(rows, PAD)["input_ids"].tolist() == [
-        [0, 1, 2, 3, 4],
-        [0, 1, 2, PAD, PAD],
-        [0, 1, PAD, PAD, PAD],
-    ]
-    packed = pack_rows(rows)
-    assert packed["input_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1]]
-    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1]]
-    assert packed["cu_seq_lens_q"].tolist() == [0, 5, 8, 10] and packed["max_length_q"] == 5
-
-
 def test_padding_puts_neighbours_in_length_together():
     """Rows in the order they come: a short row beside a long one is padded to its length."""
     groups = split_rows([row(10), row(2), row(9), row(3), row(10), row(2)], 30, "padded")
@@ -133,16 +119,3 @@ def test_a_row_longer_than_the_budget_is_refused(layout):
     with pytest.raises(WorkshopError, match=sentence):
         split_rows([row(4), row(11)], 10, layout)
     assert len(split_rows([row(4), row(10)], 10, layout)) == 2
-
-
-@layouts
-def test_grouping_does_not_depend_on_chance(layout):
-    """Rows of equal length in another order after a resume: another dropout mask, another run."""
-    rows = [row(n) for n in (5, 3, 5, 3, 4, 5)]
-    first, second = (split_rows(rows, 10, layout) for _ in range(2))
-    assert [[id(r) for r in group] for group in first] == [[id(r) for r in group] for group in second]
-
-
-def test_no_rows_make_no_groups():
-    """An empty step divides by zero somewhere else."""
-    assert split_rows([], 10, "packed") == split_rows([], 10, "padded") == []

@@ -78,14 +78,14 @@ def scored(rows, solver, score, label, folder=None):
 
 
 def both(workspace, rows, model, tokenizer, score, decoding=SHORT):
+    """Base and tuned, answered, scored and with their NLL."""
     profile = profiles.load_profile("tiny", "{max_length: 160}")
     sides = []
     for label in ("base", "tuned"):
         solver = answered(workspace, rows, model, tokenizer, label == "tuned", decoding)
-        side = scored(rows, solver, score, label)
+        sides.append(scored(rows, solver, score, label))
         with evaluate.asked(model, tuned=label == "tuned"):
-            side.add("nll", reference_nll(model, tokenizer, rows, profile))
-        sides.append(side)
+            sides[-1].add("nll", reference_nll(model, tokenizer, rows, profile))
     return sides
 
 
@@ -133,14 +133,8 @@ def test_whatever_decides_the_answers_has_a_folder_of_its_own(
     def folder(rows=rows, **kwargs):
         return answered(workspace, rows, adapted, tiny_tokenizer, **kwargs).folder
 
-    base, tuned = folder(tuned=False), folder()
-    others = [
-        base,
-        tuned,
-        folder(rows=rows[::-1]),
-        folder(decoding=Decoding(7)),
-        folder(decoding=Decoding(6, 2)),
-    ]
+    base, reverse = folder(tuned=False), folder(rows=rows[::-1])
+    others = [base, reverse, folder(), folder(decoding=Decoding(7)), folder(decoding=Decoding(6, 2))]
     weight = next(w for name, w in adapted.named_parameters() if "lora_B" in name)
     weight.data[0, 0] += 1e-3
     others.append(folder())
@@ -150,8 +144,7 @@ def test_whatever_decides_the_answers_has_a_folder_of_its_own(
     before = len(batches)
     assert folder(tuned=False) == base, "the base does not depend on the adapter: its answers can be kept"
     assert len(batches) == before
-    embedding = adapted.get_input_embeddings().weight
-    embedding.data += 1e-3
+    adapted.get_input_embeddings().weight.data += 1e-3
     assert folder(tuned=False) != base
 
 
@@ -253,9 +246,8 @@ def test_reference_nll_is_the_models_own_loss(tiny_model, tiny_tokenizer, rows):
     profile = profiles.load_profile("tiny", "{max_length: 200}")
     own, other = rows[0]["ground_truths"][0], rows[1]["ground_truths"][0]
     several = [{"question": rows[0]["question"], "ground_truths": [own, other]}]
-    assert reference_nll(tiny_model.train(), tiny_tokenizer, rows[:1], profile) == pytest.approx(
-        [by_hand(own)]
-    )
+    alone = reference_nll(tiny_model.train(), tiny_tokenizer, rows[:1], profile)
+    assert alone == pytest.approx([by_hand(own)])
     assert tiny_model.training, "the model is given back as it was"
     tiny_model.eval()
     best = min(by_hand(own), by_hand(other))
@@ -299,10 +291,9 @@ def server():
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append(request)
             text = " " + request["prompt"].split("Question: ")[1].removesuffix("\n\nAnswer:")
-            known = request["model"] == "base"
-            reply = {"choices": [{"text": text, "finish_reason": "stop"}], "usage": {"completion_tokens": 5}}
-            body = json.dumps(reply if known else {"error": "there is no such model"}).encode()
-            self.send_response(200 if known else 404)
+            choice = {"text": text, "finish_reason": "stop"}
+            body = json.dumps({"choices": [choice], "usage": {"completion_tokens": 5}}).encode()
+            self.send_response(200 if request["model"] == "base" else 404)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -315,41 +306,34 @@ def server():
     found.server_close()
 
 
-def served(url, name, rows, tokenizer, score, folder):
-    """As notebook 06 asks an endpoint."""
-    from nemo_evaluator import CompletionSolver
-
-    solver = CompletionSolver(url, name, temperature=0.0, max_tokens=16)
-    prompts = evaluate.prompt_texts(rows, tokenizer)
-    return evaluate.evaluate(rows, prompts, solver, score, name, folder)
-
-
-def test_an_endpoint_gets_the_workshops_own_prompt(
+def test_an_endpoint_gets_the_workshops_own_prompt_and_its_failure_is_no_zero(
     workspace, rows, tiny_tokenizer, score, server, nemotron_tokenizer
 ):
-    """A served model that is asked in another form, or not greedily, is not the model that was trained."""
+    """Asked in another form, or not greedily, it is another model; a crash would pass for a worse one."""
+    from nemo_evaluator import CompletionSolver
+    from nemo_evaluator.errors import GracefulError
+
     from fiqa_helpers.rows import build_prompt
 
     url, asked = server
-    found = served(url, "base", rows, tiny_tokenizer, score, workspace.evaluation)
-    prompts = sorted(build_prompt(row["question"]) for row in rows)
-    assert sorted(request["prompt"] for request in asked) == prompts
-    assert {(request["temperature"], request["max_tokens"]) for request in asked} == {(0.0, 16)}
+    prompts = evaluate.prompt_texts(rows, tiny_tokenizer)
+
+    def served(name):
+        solver = CompletionSolver(url, name, temperature=0.0, max_tokens=16)
+        return evaluate.evaluate(rows, prompts, solver, score, name, workspace.evaluation)
+
+    found = served("base")
+    sent = sorted((request["prompt"], request["temperature"], request["max_tokens"]) for request in asked)
+    assert sent == sorted((build_prompt(row["question"]), 0.0, 16) for row in rows)
     echo = evaluate.score_floors(rows, score)["echo the question"]
     assert found.values("similarity") == pytest.approx([scores["similarity"] for scores in echo])
     (chat,) = evaluate.prompt_texts(rows[:1], nemotron_tokenizer, "chat")
     assert not chat.startswith(nemotron_tokenizer.bos_token), "the server writes it: there would be two"
-
-
-def test_a_server_that_fails_is_no_table_of_zeros(workspace, rows, tiny_tokenizer, score, server):
-    """The SDK can score a failed request as 0: a crash would be reported as a model that got worse."""
     with pytest.raises((WorkshopError, RuntimeError)):
-        served(server[0], "tuned", rows[:2], tiny_tokenizer, score, workspace.evaluation)
+        served("tuned")
 
     class Broken:
         async def solve(self, task):
-            from nemo_evaluator.errors import GracefulError
-
             raise GracefulError("no answer today")
 
     with pytest.raises(WorkshopError, match="gave no answer to row 0.*no answer today"):

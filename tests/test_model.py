@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from importlib import metadata
 
 import pytest
 import torch
@@ -90,11 +89,6 @@ def test_a_saved_adapter_gives_equal_logits_on_a_plain_model(base, smollm2, tmp_
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 4e6
 
 
-def test_the_shim_is_written_for_this_version():
-    """NeMo AutoModel moved on: its questions may be others, and the pin in pyproject.toml no longer holds."""
-    assert metadata.version("nemo-automodel") == "0.7.0"
-
-
 @on_cpu
 def test_nemo_still_needs_the_shim_and_asks_as_it_assumes(tiny_folder):
     """Two questions: an index for a device object, then the device for the weights; no more, no others."""
@@ -111,21 +105,14 @@ def test_nemo_still_needs_the_shim_and_asks_as_it_assumes(tiny_folder):
     assert answers == [0, torch.device("cpu")]
 
 
-def test_the_shim_restores_what_it_replaced():
-    """A process in which torch.cuda answers wrongly for good, after an error above all."""
+def test_the_shim_restores_what_it_replaced(monkeypatch):
+    """torch.cuda answers wrongly for good, after an error; a GPU machine's model goes to the CPU."""
     before = torch.cuda.current_device
-    with model.nemo_on_cpu():
-        assert torch.cuda.is_available() or torch.cuda.current_device is not before
-    assert torch.cuda.current_device is before
     with pytest.raises(KeyError), model.nemo_on_cpu():
+        assert torch.cuda.is_available() or torch.cuda.current_device is not before
         raise KeyError
     assert torch.cuda.current_device is before
-
-
-def test_the_shim_does_nothing_where_cuda_is_there(monkeypatch):
-    """A model of a GPU machine loaded to the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    before = torch.cuda.current_device
     with model.nemo_on_cpu():
         assert torch.cuda.current_device is before
 
@@ -145,39 +132,10 @@ def test_the_profile_decides_the_dtype(tiny_folder, dtype):
 
 def test_the_8b_model_is_counted_exactly():
     """The reference run's own figures, on any machine, without its weights."""
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
     config, lora = model.reference_config(), model.lora_config(REFERENCE)
     assert model.count_parameters(config, lora) == (6_815_744, 8_030_261_248)
-    with torch.device("meta"):
-        tuned = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
-    assert tuned.get_nb_trainable_parameters() == (6_815_744, 8_037_076_992)  # what PEFT prints
-
-
-def test_the_gpu_profiles_train_what_the_reference_run_trains():
-    """A profile whose adapter is of another size than the recipe's."""
     for name in ("gpu24", "gpu80"):
-        assert model.lora_config(PROFILES[name]).to_dict() == model.lora_config(REFERENCE).to_dict()
-
-
-def test_counting_follows_the_profile(llama3_tokenizer):
-    """A count that does not come from the model it is said to describe."""
-    config = model.tiny_model(llama3_tokenizer).config
-    profile = load_profile("tiny", "{lora_rank: 2, lora_targets: [q_proj]}")
-    trainable, base = model.count_parameters(config, model.lora_config(profile))
-    assert trainable == 2 * 2 * (64 + 64)  # 2 layers; A and B of rank 2 on a 64 x 64 layer
-    assert base == model.tiny_model(llama3_tokenizer).num_parameters()
-
-
-def test_the_tiny_model_is_the_same_every_time_and_leaves_the_random_state_alone(llama3_tokenizer):
-    """Tests that depend on the order in which they run."""
-    torch.manual_seed(1)
-    expected = torch.rand(2)
-    torch.manual_seed(1)
-    one, two = (model.tiny_model(llama3_tokenizer) for _ in range(2))
-    assert torch.equal(torch.rand(2), expected)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+        assert model.lora_config(PROFILES[name]).to_dict() == lora.to_dict()
 
 
 def test_freed_memory_is_given_back():
@@ -215,15 +173,9 @@ def test_a_tokenizer_that_pads_with_its_end_gets_a_spare_token(llama3_tokenizer,
     loaded = model.load_tokenizer(profile_of(tmp_path))
     assert loaded.pad_token == "<|finetune_right_pad_id|>" and loaded.eos_token == "<|eot_id|>"
     assert len(loaded) == len(tokenizer)  # a new token would need a larger embedding
-
-
-def test_a_tokenizer_without_a_spare_token_is_refused(tiny_folder, tmp_path):
-    """Padding with the end token after all, in silence."""
-    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # and where there is none to spare
         text = (tmp_path / name).read_text(encoding="utf-8")
-        text = text.replace("<|finetune_right_pad_id|>", "<|other|>")
-        (tmp_path / name).write_text(text.replace('"pad_token": "<|other|>"', '"pad_token": "<|eot_id|>"'))
+        (tmp_path / name).write_text(text.replace("<|finetune_right_pad_id|>", "<|other|>"))
     with pytest.raises(WorkshopError, match="no token to pad with besides its end token"):
         model.load_tokenizer(profile_of(tmp_path))
 
@@ -243,25 +195,19 @@ def refused(folder, what: str, load=model.load_base) -> None:
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
-@pytest.mark.parametrize("load", [model.load_tokenizer, model.load_base])
-@pytest.mark.parametrize(
-    "name", ["/nowhere/at/all", "./not-here", "no-such/model", "two words/and more/parts"]
-)
-def test_a_model_that_is_not_there(load, name):
+def test_a_model_that_is_not_there():
     """Sixty frames of a hub client, with the one useful line in the middle."""
-    refused(name, name, load)
+    for name in ("/nowhere/at/all", "no-such/model", "two words/and more/parts"):
+        refused(name, name, model.load_tokenizer)
+        refused(name, name)
 
 
 BROKEN = {
-    "no config": ("config.json", None),
-    "config no JSON": ("config.json", b"{"),
     "config empty": ("config.json", b"{}"),
     "no weights": ("model.safetensors", None),
-    "weights empty": ("model.safetensors", b""),
     "weights cut": ("model.safetensors", 20_000),
     "weights noise": ("model.safetensors", b"\xff" * 5_000),
     "tokenizer": ("tokenizer.json", b"{"),
-    "tokenizer's config": ("tokenizer_config.json", b"{"),
 }
 
 
@@ -296,7 +242,6 @@ GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 64
         ({"intermediate_size": 96}, ""),  # weights and configuration of two models in one folder
         (GPT2, "weights are missing, such as"),  # transformers only warns, and the model is random
         ({"rope_parameters": "yarn-9"}, "rope_parameters"),  # another version's: ends in a TypeError
-        ({"model_type": "llama-9"}, "llama-9"),
     ],
 )
 def test_a_configuration_of_something_else(mine, other, what):

@@ -134,7 +134,7 @@ def test_lengths(path):
     assert sum(cell.cell_type == "code" for cell in needed) <= 24
     assert max(lines(cell.source) for cell in needed if cell.cell_type == "code") <= 30
     words = sum(len(cell.source.split()) for cell in needed if cell.cell_type == "markdown")
-    assert 700 <= words <= 1530, f"{words} words up to the exercises; the aim is 1,500 at most"
+    assert 700 <= words <= 1500, f"{words} words up to the exercises"
 
 
 @lesson

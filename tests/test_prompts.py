@@ -61,6 +61,7 @@ def test_any_text_is_masked_and_ended_rightly(request, name, style, question, an
     tokenizer = request.getfixturevalue(name)
     question, answer = spelled(question, tokenizer), spelled(answer, tokenizer)
     prompt = encode_prompt(question, tokenizer, style)
+    assert question in decoded(prompt, tokenizer)
     whole = encode(question, answer, tokenizer, style, max_length=100_000)
     space = " " if style == "plain" else ""
 
@@ -82,20 +83,6 @@ def test_any_text_is_masked_and_ended_rightly(request, name, style, question, an
         row = encode(question, answer, tokenizer, style, max_length)
         n = min(max_length, len(whole["input_ids"]))
         assert row == {key: values[:n] for key, values in whole.items()}
-
-
-@tokenizers
-@styles
-@given(question=hostile_text)
-@settings(max_examples=60)
-def test_the_question_is_in_the_prompt_unchanged(request, name, style, question):
-    """A question that is trimmed, normalized or escaped on its way into the prompt."""
-    tokenizer = request.getfixturevalue(name)
-    question = spelled(question, tokenizer)
-    text = decoded(encode_prompt(question, tokenizer, style), tokenizer)
-    assert text.count(SYSTEM_TEXT) == 1
-    start = text.index(SYSTEM_TEXT) + len(SYSTEM_TEXT)
-    assert question in text[start:]
 
 
 def test_what_smollm2_cannot_spell_is_nothing_that_counts(tiny_tokenizer):
@@ -139,18 +126,14 @@ def test_chat_ids_equal_the_template_of_the_tokenizer(request, name, fiqa_rows):
 @pytest.mark.parametrize("name", ["llama3_tokenizer", "nemotron_tokenizer"])
 def test_exactly_one_bos(request, name, style):
     """Tokenizer and template each write BOS: two of them make a model's exports talk gibberish."""
+    smollm2 = request.getfixturevalue("tiny_tokenizer")  # its BOS is its turn marker and before no text
+    assert smollm2.bos_token_id not in encode(QUESTION, "Yes.", smollm2)["input_ids"]
     tokenizer = request.getfixturevalue(name)
     ids = encode(QUESTION, "On Form 8949.", tokenizer, style)["input_ids"]
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
     # A template that leaves BOS to the tokenizer gets one too.
     without = llama3_like(tokenizer.chat_template.replace("{{ bos_token }}", ""))
     assert encode_prompt(QUESTION, without, style) == encode_prompt(QUESTION, tokenizer, style)
-
-
-def test_no_bos_where_the_tokenizer_writes_none(tiny_tokenizer):
-    """SmolLM2 has a BOS token, which is its turn marker, and never puts it before a text."""
-    assert tiny_tokenizer.bos_token_id not in encode(QUESTION, "Yes.", tiny_tokenizer)["input_ids"]
-    assert tiny_tokenizer("a")["input_ids"] == tiny_tokenizer("a", add_special_tokens=False)["input_ids"]
 
 
 def test_nemotron_system_turn_is_only_the_reasoning_switch(nemotron_tokenizer, llama3_tokenizer):

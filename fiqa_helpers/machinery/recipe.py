@@ -310,7 +310,8 @@ def why_it_failed(log: Path) -> str:
     found = re.findall(pattern, log.read_text(errors="replace"), re.MULTILINE)
     found = [pair for pair in found if pair[0] != "ChildFailedError"]
     kind, reason = found[0] if found else ("killed", "no error in its log")
-    remedy = "set --distributed.activation_checkpointing=true; " if kind == "OutOfMemoryError" else ""
+    less = "halve --packing.tokens_per_pass or set --distributed.activation_checkpointing=true; "
+    remedy = less if kind == "OutOfMemoryError" else ""
     return f"The recipe failed ({kind}: {reason[:300].rstrip('.')}): {remedy}look at {log}."
 
 
