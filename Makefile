@@ -70,7 +70,7 @@ executed: env  ## write notebooks/executed from a run: the notebooks with their 
 slides: env  ## write outputs/slides.html: the notebooks' figures, plots and predictions, for a projector
 	@$(python) scripts/slides.py
 
-bench: env  ## speed beside TRL, NeMo and others: on a GPU the 8B model (about 6 minutes), else the laptop profile
+bench: env  ## speed beside TRL, NeMo and others: on a GPU the 8B model (8 minutes), else the laptop profile
 	@$(call extra,bench,trl)
 	@$(python) benchmarks/bench.py $(ARGS)
 

@@ -34,6 +34,9 @@ CONTENDERS = yaml.safe_load((HERE / "contenders.yaml").read_text(encoding="utf-8
 VERSIONS = ("torch", "triton", "transformers", "peft", "nemo-automodel", "liger-kernel", "trl", "datasets")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PAD = 128_004
+FOLDER = Path(os.environ.get("FIQA_RANDOM_8B", f"{tempfile.gettempdir()}/fiqa_random_8b"))
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL |= {"head_dim": 16, "num_hidden_layers": 2}
 WARM_UP = 3  # steps before the clock starts
 GIB = 2**30
 H100_TFLOPS = 989  # dense bf16, on paper
@@ -53,22 +56,42 @@ def rows():
     return Dataset.from_list(made)
 
 
-def random_8b(attention: str, liger: bool):
-    """The 8B architecture with random bf16 weights, made on the GPU (2 s; there is no hub here)."""
+def random_8b(attention: str = "sdpa", liger: bool = False, small: bool = False):
+    """The 8B architecture with random bf16 weights, made on the GPU in 2 s; `small`: two narrow layers."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from fiqa_helpers.model import reference_config
 
     config = reference_config()
-    config.use_cache = False
-    with torch.device("cuda"):
+    config.update({"use_cache": False} | (SMALL if small else {}))
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
     if liger:  # what NeMo AutoModel does with use_liger_kernel=True
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(model=model)
     return model
+
+
+def random_folder(folder: Path = FOLDER, small: bool = False) -> Path:
+    """The same as a checkpoint folder (16 GB), unless it is there; returns it.
+
+    Its tokenizer has as many tokens as the model and spells nothing: the rows are tokens already.
+    """
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / "config.json").exists():
+        words = models.WordLevel({f"<{n}>": n for n in range(128_256)}, unk_token="<0>")
+        named = dict(bos_token="<128000>", eos_token="<128009>", pad_token=f"<{PAD}>")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **named)
+        partial = folder.with_name(f".{folder.name}.partial")
+        tokenizer.save_pretrained(partial)
+        random_8b(small=small).save_pretrained(partial)
+        partial.rename(folder)
+    return folder
 
 
 def peft_config():
@@ -206,7 +229,6 @@ def nemo_native(steps: int, folder: str, **settings) -> dict:
     import torch
     from nemo_automodel import NeMoAutoModelForCausalLM
     from nemo_automodel.components._peft.lora import PeftConfig
-    from random_8b import FOLDER
     from torch.nn import functional
 
     targets = [f"*{name}" for name in TARGETS]
@@ -249,7 +271,6 @@ def nemo_native(steps: int, folder: str, **settings) -> dict:
 def nemo_recipe(steps: int, folder: str) -> dict:
     """NeMo's recipe class through recipes/fiqa_lora.yaml on one GPU, packed by our collate function."""
     import recipe_bench
-    from random_8b import FOLDER
 
     taken = recipe_bench.train(recipe_bench.random_rows(FOLDER, Path(folder), 1, 16, steps), 1)
     timed = recipe_bench.undisturbed(taken)

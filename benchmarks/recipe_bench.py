@@ -22,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from contenders import WARM_UP, rows  # noqa: E402
+from contenders import FOLDER, WARM_UP, random_folder, rows  # noqa: E402
 
 from fiqa_helpers.base import write_card  # noqa: E402
 from fiqa_helpers.profiles import PROFILES, load_profile  # noqa: E402
@@ -87,29 +87,21 @@ def start(changes: list[str], gpus: int, first: int = 0) -> subprocess.Popen:
     """torchrun in a process of its own, on `gpus` GPUs from number `first`; run.log has its output."""
     from fiqa_helpers.machinery import recipe
 
-    log = folder_of(changes) / "run.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    paths = [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
+    folder_of(changes).mkdir(parents=True, exist_ok=True)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(cards())))
     environment = os.environ | {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // gpus // 2)),
         "TQDM_DISABLE": "1",
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
         "CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[first : first + gpus]),
     }
-    with log.open("ab") as out:
-        return subprocess.Popen(
-            recipe.launch(changes, gpus),
-            stdout=out,
-            stderr=out,
-            env=environment,
-            preexec_fn=recipe.end_with_parent,
-        )
+    with (folder_of(changes) / "run.log").open("ab") as log:
+        options = dict(stdout=log, stderr=log, env=environment, preexec_fn=recipe.end_with_parent)
+        return subprocess.Popen(recipe.launch(changes, gpus), **options)
 
 
 def folder_of(changes: list[str]) -> Path:
-    named = [change for change in changes if change.startswith("--checkpoint.checkpoint_dir=")]
-    return Path(named[-1].partition("=")[2])
+    return next(Path(text.partition("=")[2]) for text in changes if "checkpoint_dir=" in text)
 
 
 def kill_all(torchrun: subprocess.Popen) -> None:
@@ -160,31 +152,43 @@ def undisturbed(steps: list[dict]) -> list[dict]:
 
 
 def speed(args: argparse.Namespace) -> None:
-    from random_8b import FOLDER, make_random_8b
-
     from fiqa_helpers.machinery import machine
 
-    model = make_random_8b(args.folder / "small", small=True) if args.small else FOLDER
+    ends = time.monotonic() + 60 * args.minutes
+    model = random_folder(args.folder / "small", small=True) if args.small else FOLDER
     if not args.small:  # in a process of its own, so that the GPU is free afterwards
-        subprocess.run([sys.executable, HERE / "random_8b.py", model], check=True)
+        subprocess.run(
+            [sys.executable, "-c", "import contenders; contenders.random_folder()"], cwd=HERE, check=True
+        )
     beside = args.folder / "gpu80.json"
     if cards():
         command = [sys.executable, HERE / "contenders.py", "gpu80", beside, "--steps", str(args.steps)]
         subprocess.run(command, check=True)
     notebook = json.loads(beside.read_text())["tokens_per_second"] if beside.exists() else None
     print(f"notebook 04's trainer: {notebook} tokens/s", flush=True)
-    for name, (gpus, batch, more) in chosen(args, SPEED):
-        changes = [*random_rows(model, args.folder / name, gpus, batch, args.steps), *more]
-        card = {"gpus": gpus, "global_batch_size": batch, "local_batch_size": batch // gpus}
-        card |= {"benchmark": "recipe", "strategy": "fsdp2" if more == FSDP2 else "ddp", "behind": more}
-        card |= {"device": machine.describe(), "profile": asdict(PROFILES["gpu80"]), "weights": "random"}
+    names, longest = args.only.split(",") if args.only else [*SPEED], 45.0
+    for name in names:
+        gpus, batch, more = SPEED[name]
+        began = time.monotonic()
+        if gpus > max(cards(), args.small) or began + longest > ends:
+            print(f"{name}: too few GPUs, or no time left", flush=True)
+            continue
         try:
-            steps = train(changes, gpus)
+            steps = train([*random_rows(model, args.folder / name, gpus, batch, args.steps), *more], gpus)
         except RuntimeError as error:
             print(f"{name}: {error}", flush=True)
             continue
         timed = undisturbed(steps)
-        card |= {
+        card = {
+            "benchmark": "recipe",
+            "gpus": gpus,
+            "global_batch_size": batch,
+            "local_batch_size": batch // gpus,
+            "strategy": "fsdp2" if more == FSDP2 else "ddp",
+            "behind": more,
+            "device": machine.describe(),
+            "profile": asdict(PROFILES["gpu80"]),
+            "weights": "random",
             "tokens_per_second": round(sum(r["tokens"] for r in timed) / sum(r["seconds"] for r in timed), 1),
             "seconds_per_step_median": round(statistics.median(row["seconds"] for row in timed), 4),
             "steps_timed": len(timed),
@@ -194,21 +198,8 @@ def speed(args: argparse.Namespace) -> None:
             "notebook_tokens_per_second": notebook,
         }
         write_card(args.out / f"{name}.json", **card)
-        print(f"{name}: {card['tokens_per_second']:,.0f} tokens/s, losses {card['losses'][:3]}", flush=True)
-
-
-def chosen(args: argparse.Namespace, runs: dict) -> list:
-    """Runs that this machine has the GPUs for, and that were asked for, while there is time."""
-    names = args.only.split(",") if args.only else list(runs)
-    ends, longest = time.monotonic() + 60 * args.minutes, 45.0
-    for name in names:
-        if runs[name][0] > max(cards(), 2 * args.small) or time.monotonic() + longest > ends:
-            print(f"{name}: too few GPUs, or no time left", flush=True)
-            continue
-        began = time.monotonic()
-        yield name, runs[name]
         longest = max(longest, time.monotonic() - began)
-        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+        print(f"{name}: {card['tokens_per_second']:,.0f} tokens/s, losses {card['losses'][:3]}", flush=True)
 
 
 # -- the same losses on any number of GPUs, and as notebook 04
@@ -219,8 +210,7 @@ def smollm2(args: argparse.Namespace):
     from fiqa_helpers import model
 
     named = ("tiny", "") if args.small else ("gpu80", "{model: packaged, data: packaged}")
-    profile = load_profile(*named)
-    profile = replace(profile, max_steps=args.steps, eval_rows=48)
+    profile = replace(load_profile(*named), max_steps=args.steps, eval_rows=48)
     return profile, model.model_path(profile)
 
 

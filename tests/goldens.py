@@ -96,10 +96,8 @@ def left(workdir: Path) -> dict:
     final = workdir / "checkpoints" / "final_model"
     found["adapter"] = hashlib.sha256((final / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
     config = json.loads((final / "adapter_config.json").read_text())
-    found["adapter config"] = {
-        key: config[key] for key in ("r", "lora_alpha", "lora_dropout", "target_modules")
-    }
-    found["adapter config"]["target_modules"].sort()
+    kept = {key: config[key] for key in ("r", "lora_alpha", "lora_dropout")}
+    found["adapter config"] = kept | {"target_modules": sorted(config["target_modules"])}
     panel = json.loads((final / "run_card.json").read_text())["panel"]
     keys = ("step", "loss", "eval_loss", "learning_rate", "grad_norm")
     found["history"] = [{key: row[key] for key in keys if key in row} for row in panel["history"]]
@@ -142,20 +140,12 @@ def collect(tree: Path, folder: Path) -> dict:
 
 
 def differences(old: object, new: object, name: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        lines = [f"{name} {key}: only in the old" for key in old.keys() - new.keys()]
-        return lines + [
-            line
-            for key in old.keys() & new.keys()
-            for line in differences(old[key], new[key], f"{name} {key}")
-        ]
+    """A line for each value that differs; what only the new side has does not count."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [
-            line
-            for i, pair in enumerate(zip(old, new, strict=True))
-            for line in differences(*pair, f"{name} [{i}]")
-        ]
-    return [] if old == new else [f"{name}: {str(old)[:150]} -> {str(new)[:150]}"]
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{name}: {str(old)[:150]} -> {str(new)[:150]}"]
+    return [line for key in old for line in differences(old[key], new.get(key), f"{name} {key}")]
 
 
 def main() -> int:

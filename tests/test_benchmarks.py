@@ -1,44 +1,39 @@
 """The benchmark's figures: what the README says is what the result files hold."""
 
-import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import contenders
 import pytest
+import report
+
+from fiqa_helpers.machinery import machine
+from fiqa_helpers.profiles import PROFILES
 
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def module(monkeypatch):
-    """module(name): a script of benchmarks/, imported."""
-    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
-    return importlib.import_module
-
-
-def test_pages_hold_what_was_measured(module):
+def test_pages_hold_what_was_measured():
     """A table edited by hand, or results without a new table: a figure nobody measured."""
-    report = module("report")
     lines, page = report.pages()
     assert f"{report.BEGIN}\n{lines}\n{report.END}" in report.README.read_text(encoding="utf-8")
     assert page == report.PAGE.read_text(encoding="utf-8")
 
 
-def test_every_contender_has_a_source_and_a_result_or_is_named_as_missing(module):
+def test_every_contender_has_a_source_and_a_result_or_is_named_as_missing():
     """A peer left out because its result did not please, or run with settings of our own choice."""
-    contenders, report = module("contenders").CONTENDERS, module("report")
-    assert {run["name"] for run in report.read("gpu")["runs"]} == set(contenders)
-    for name, contender in contenders.items():
-        assert callable(getattr(module("contenders"), contender["run"]))
+    assert {run["name"] for run in report.read("gpu")["runs"]} == set(contenders.CONTENDERS)
+    for name, contender in contenders.CONTENDERS.items():
+        assert callable(getattr(contenders, contender["run"]))
         first = contender["source"].split(" ")[0].strip(",")
         assert first.startswith("https://") or (PROJECT / first).is_file(), name
 
 
-def test_rows_have_the_measured_lengths(module):
+def test_rows_have_the_measured_lengths():
     """Rows of other lengths measure another data set."""
-    rows = module("contenders").rows()
+    rows = contenders.rows()
     lengths = json.loads((PROJECT / "benchmarks" / "fiqa_lengths.json").read_text())
     assert len(rows) == 648
     assert sorted(map(len, rows["input_ids"])) == sorted(prompt + answer for prompt, answer in lengths)
@@ -46,12 +41,9 @@ def test_rows_have_the_measured_lengths(module):
     assert trained == sum(answer for _, answer in lengths)
 
 
-def test_memory_ledger_within_a_tenth_of_what_was_measured(module):
+def test_memory_ledger_within_a_tenth_of_what_was_measured():
     """The ledger is a promise about a card that most readers do not have."""
-    from fiqa_helpers.machinery import machine
-    from fiqa_helpers.profiles import PROFILES
-
-    for run in module("report").read("gpu")["runs"][:2]:
+    for run in report.read("gpu")["runs"][:2]:
         predicted = machine.predict_memory(PROFILES[run["name"]], machine.nemotron_config())
         assert predicted["total"] == pytest.approx(run["peak_reserved_with_evaluation_gib"], rel=0.1)
 

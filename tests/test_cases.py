@@ -123,10 +123,10 @@ def test_two_files_for_one_split_are_named(tmp_path, second):
     assert "train.csv" in str(caught.value) and second in str(caught.value)
 
 
-@pytest.mark.parametrize("there", [[0], [0, 1]], ids=["one of three", "two of three"])
-def test_missing_shards_are_noticed(tmp_path, there):
+def test_missing_shards_are_noticed(tmp_path):
     """Two of three parts of a download are two thirds of the rows."""
-    shards = [f"train-0000{i}-of-00003.csv" for i in there]
-    write_splits(tmp_path, *shards, "validation.csv", "test.csv")
+    write_splits(
+        tmp_path, "train-00000-of-00003.csv", "train-00001-of-00003.csv", "validation.csv", "test.csv"
+    )
     with pytest.raises(WorkshopError, match="for the train split: keep one file, or all the shards"):
         data.load_with_report(str(tmp_path))

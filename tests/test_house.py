@@ -21,12 +21,12 @@ ORDER = [
 # sum -> (code lines that it may have, lines that it has today). The second may only fall: lower it with each
 # landing, until it is the first.
 BUDGET = {
-    "lesson rooms": (1700, 1966),
-    "machinery": (1400, 1503),
+    "lesson rooms": (1700, 1921),
+    "machinery": (1400, 1456),
     "files": (23, 22),
     "templates": (250, 250),
-    "tests": (7000, 11177),
-    "benchmarks": (950, 1444),
+    "tests": (7000, 10030),
+    "benchmarks": (950, 1225),
     "scripts": (450, 450),
 }
 

@@ -138,16 +138,6 @@ def test_the_8b_model_is_counted_exactly():
         assert model.lora_config(PROFILES[name]).to_dict() == lora.to_dict()
 
 
-def test_the_tiny_model_is_the_same_every_time_and_leaves_the_random_state_alone(llama3_tokenizer):
-    """Tests that depend on the order in which they run."""
-    torch.manual_seed(1)
-    expected = torch.rand(2)
-    torch.manual_seed(1)
-    one, two = (model.tiny_model(llama3_tokenizer) for _ in range(2))
-    assert torch.equal(torch.rand(2), expected)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-
-
 def test_freed_memory_is_given_back():
     """Five notebooks with a model each: kernels that pile up hold more than a laptop has."""
     import psutil
@@ -183,15 +173,9 @@ def test_a_tokenizer_that_pads_with_its_end_gets_a_spare_token(llama3_tokenizer,
     loaded = model.load_tokenizer(profile_of(tmp_path))
     assert loaded.pad_token == "<|finetune_right_pad_id|>" and loaded.eos_token == "<|eot_id|>"
     assert len(loaded) == len(tokenizer)  # a new token would need a larger embedding
-
-
-def test_a_tokenizer_without_a_spare_token_is_refused(tiny_folder, tmp_path):
-    """Padding with the end token after all, in silence."""
-    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # and where there is none to spare
         text = (tmp_path / name).read_text(encoding="utf-8")
-        text = text.replace("<|finetune_right_pad_id|>", "<|other|>")
-        (tmp_path / name).write_text(text.replace('"pad_token": "<|other|>"', '"pad_token": "<|eot_id|>"'))
+        (tmp_path / name).write_text(text.replace("<|finetune_right_pad_id|>", "<|other|>"))
     with pytest.raises(WorkshopError, match="no token to pad with besides its end token"):
         model.load_tokenizer(profile_of(tmp_path))
 
@@ -219,7 +203,6 @@ def test_a_model_that_is_not_there():
 
 
 BROKEN = {
-    "no config": ("config.json", None),
     "config empty": ("config.json", b"{}"),
     "no weights": ("model.safetensors", None),
     "weights cut": ("model.safetensors", 20_000),
@@ -259,7 +242,6 @@ GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 64
         ({"intermediate_size": 96}, ""),  # weights and configuration of two models in one folder
         (GPT2, "weights are missing, such as"),  # transformers only warns, and the model is random
         ({"rope_parameters": "yarn-9"}, "rope_parameters"),  # another version's: ends in a TypeError
-        ({"model_type": "llama-9"}, "llama-9"),
     ],
 )
 def test_a_configuration_of_something_else(mine, other, what):

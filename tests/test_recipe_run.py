@@ -7,8 +7,9 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+from notebook_trainer import notebook_trainer
+from recipe_bench import kill_all
 from recipe_child import FSDP2, changes, same_start
 
 from fiqa_helpers import data, model
@@ -33,21 +34,12 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def child_on_the_path():
-    """torchrun's processes must find tests/recipe_child.py."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), before]))
-    yield
-    os.environ.pop("PYTHONPATH")
-    if before is not None:
-        os.environ["PYTHONPATH"] = before
-
-
-@pytest.fixture(scope="module", autouse=True)
 def class_of_the_recipe(place):
     """A function that names another recipe class in the file: NeMo reads it before what stands behind."""
     text, patch = recipe.recipe_file().read_text(), pytest.MonkeyPatch()
     assert "recipe: fiqa_helpers.machinery.recipe.FiqaRecipe" in text
+    # torchrun's processes must find tests/recipe_child.py
+    patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]))
 
     def use(name: str) -> None:
         file = place[1].root / f"{name}.yaml"
@@ -152,41 +144,20 @@ def test_peft_has_the_recipes_validation_loss(name, place, request):
 def test_losses_and_adapter_are_the_trainers(place, one, tmp_path):
     """The whole of it: notebook 04's Trainer from the same start, step by step, to the same adapter."""
     import torch
-    from peft import get_peft_model
-    from transformers import TrainingArguments
-
-    from fiqa_helpers.trainer import AnswerTrainer
 
     profile, workspace, _ = place
     tokenizer = model.load_tokenizer(profile)
-    rows = data.read_processed(workspace.data)["train"].take(profile.train_rows)
-    tuned = get_peft_model(model.tiny_model(tokenizer), model.lora_config(profile))
-    same_start(tuned)
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=profile.batch_size,
-        max_steps=STEPS,
-        learning_rate=profile.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=profile.warmup_ratio,
-        adam_epsilon=1e-2,  # as in `behind`
-        seed=profile.seed,
-        use_cpu=True,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
+    rows = encode_rows(
+        data.read_processed(workspace.data)["train"].take(profile.train_rows), tokenizer, profile
     )
-    trainer = AnswerTrainer(
-        model=tuned,
-        args=arguments,
-        train_dataset=encode_rows(rows, tokenizer, profile),
-        data_collator=StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, "padded"),
-    )
+    collator = StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, "padded")
+    base = model.tiny_model(tokenizer)
+    trainer = notebook_trainer(profile, tmp_path, base, collator, rows, adam_epsilon=1e-2)  # as in `behind`
+    same_start(trainer.model)
     trainer.train()
     found = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert found == pytest.approx(losses(one[0]), rel=1e-5)
-    trained, saved = dict(tuned.named_parameters()), tensors(one[1])
+    trained, saved = dict(trainer.model.named_parameters()), tensors(one[1])
     for name, matrix in saved.items():
         mine = trained[name.replace(".weight", ".default.weight")].detach()
         assert torch.allclose(mine, matrix, atol=1e-5), name
@@ -205,16 +176,6 @@ def test_two_processes_are_one(name, place, one, request):
         assert double[key].shape == single[key].shape
         assert (double[key] - single[key]).abs().max() < 1e-5, key
     assert "torch distributed with 2 workers" in (place[1].root / name / "run.log").read_text()
-
-
-def kill_all(torchrun: subprocess.Popen) -> None:
-    """SIGKILL a torchrun and the processes it started, each of which has a session of its own."""
-    family = psutil.Process(torchrun.pid).children(recursive=True)
-    torchrun.kill()
-    for process in family:
-        process.kill()
-    psutil.wait_procs(family, timeout=60)
-    torchrun.wait()
 
 
 @pytest.mark.slow
