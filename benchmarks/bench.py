@@ -48,9 +48,8 @@ def on_gpu(args: argparse.Namespace) -> None:
         began = time.monotonic()
         card = run(name, args, ends - began)
         found.append(card)
-        said = card.get("error") or (
-            f"{card['tokens_per_second']:,.0f} tokens/s, {card['mfu']:.2f} of the card's rate, "
-            f"{card['peak_reserved_gib']:.1f} GiB"
+        said = (
+            card.get("error") or f"{card['tokens_per_second']:,.0f} tokens/s, {card['mfu']:.2f} of the rate"
         )
         print(f"{name}: {said} [{time.monotonic() - began:.0f} s]", flush=True)
         (args.out / "gpu.json").write_text(json.dumps({"date": started, "runs": found}, indent=1) + "\n")

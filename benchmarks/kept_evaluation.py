@@ -23,6 +23,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from fiqa_helpers import base, data, evaluate, metrics, model, profiles, rows, run
 from fiqa_helpers.generate import GUARD, generate_answers
 from fiqa_helpers.machinery import machine
+from fiqa_helpers.machinery.fast import attention_implementation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAPTOP = profiles.planned_profile("laptop", f"{{device: {DEVICE}}}")
@@ -113,7 +114,8 @@ def trained(profile, tokenizer, train):
     collator = rows.StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout)
     with tempfile.TemporaryDirectory() as folder:
         more = {"num_train_epochs": profile.epochs}
-        trainer = notebook_trainer(profile, Path(folder), encoded, None, collator, **more)
+        base_model = model.load_base(profile, attention_implementation(profile.layout, profile.device))
+        trainer = notebook_trainer(profile, folder, base_model, collator, encoded, **more)
         trainer.train()
     print(f"trained {trainer.state.global_step} steps", flush=True)
     return trainer.model.eval()

@@ -210,8 +210,7 @@ def smollm2(args: argparse.Namespace):
     from fiqa_helpers import model
 
     named = ("tiny", "") if args.small else ("gpu80", "{model: packaged, data: packaged}")
-    profile = load_profile(*named)
-    profile = replace(profile, max_steps=args.steps, eval_rows=48)
+    profile = replace(load_profile(*named), max_steps=args.steps, eval_rows=48)
     return profile, model.model_path(profile)
 
 

@@ -125,21 +125,3 @@ def test_compare_lists_the_tries_of_a_class(tmp_path, capsys):
     assert [line.index("laptop") for line in (ann, bob)] == [head.index("profile")] * 2
     assert nobody.startswith(str(folders[2])) and nobody.endswith("no run cards here")
     assert command("compare", folders[0]) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.notebooks
-@pytest.mark.timeout(1800)
-def test_the_way_of_the_readme(tmp_path):
-    """Rows, adapter, a question, an evaluation of three rows, as a person types them, on profile tiny."""
-
-    def typed(*arguments: str) -> str:
-        line = [sys.executable, "-m", "fiqa_helpers", *arguments, "--profile", "tiny", "--workdir", tmp_path]
-        run = subprocess.run(line, cwd=PROJECT, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        return run.stdout
-
-    assert "validation loss" in typed("run", "--only", "01-04")
-    assert "tuned (" in typed("ask", "Should I buy bonds?")
-    assert "06_evaluate" in typed("run", "--only", "06", "-p", "rows=3")
-    assert json.loads((tmp_path / "outputs/run_cards/06.json").read_text())["parameters"]["rows"] == 3

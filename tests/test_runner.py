@@ -71,6 +71,7 @@ def test_own_parameters_reach_the_notebooks_that_have_them(tmp_path):
     found = cli.own_parameters([plain, train, other], ["rows=48"], fresh=True)
     assert found == {plain: {}, train: {"on_existing": "fresh"}, other: {"rows": 48}}
     assert cli.own_parameters([plain], [], fresh=True) == {plain: {}}, "nothing to begin anew is no mistake"
+    assert cli.own_parameters([train], []) == {train: {}}
     with pytest.raises(WorkshopError, match="row: no such parameter in 01_plain, 06_other"):
         cli.own_parameters([plain, other], ["row=48"])
 

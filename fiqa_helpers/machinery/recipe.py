@@ -47,9 +47,9 @@ register_packed_attention()  # before a model with `attn_implementation: packed_
 def fiqa_rows(tokenizer, folder: str, split: str, rows: int, prompt: str, max_length: int) -> list[Row]:
     """The first `rows` (-1: all) of a split that notebook 01 wrote to `folder`, with shifted labels."""
     found = data.read_processed(Path(folder))[split]
-    chosen = found if rows < 0 else found.take(min(rows, len(found)))
-    pairs = [(row["question"], row["ground_truths"][0]) for row in chosen]
-    return [shift(encode(*pair, tokenizer, prompt, max_length)) for pair in pairs]
+    chosen = found.take(len(found) if rows < 0 else min(rows, len(found)))
+    answered = zip(chosen["question"], (truths[0] for truths in chosen["ground_truths"]), strict=True)
+    return [shift(encode(*pair, tokenizer, prompt, max_length)) for pair in answered]
 
 
 def shift(row: Row) -> Row:
@@ -81,11 +81,9 @@ def packed_collate(rows: Sequence[Row]) -> dict[str, object]:
 
 def split_pack(pack: dict[str, object], tokens: int) -> list[dict[str, object]]:
     """A pack of `packed_collate` -> packs of at most `tokens` tokens, as notebook 04 cuts its steps."""
-    cuts = pack["cu_seq_lens_q"].tolist()
-    rows = [
-        {name: pack[name][0, start:end].tolist() for name in ("input_ids", "labels")}
-        for start, end in zip(cuts, cuts[1:], strict=False)
-    ]
+    lengths = pack["cu_seq_lens_q"].diff().tolist()
+    ids, labels = (pack[name][0].split(lengths) for name in ("input_ids", "labels"))
+    rows = [{"input_ids": a.tolist(), "labels": b.tolist()} for a, b in zip(ids, labels, strict=True)]
     return [packed_collate(group) for group in split_rows(rows, tokens, "packed")]
 
 
@@ -133,8 +131,8 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
         idle = packed_collate([{"input_ids": [0, 0], "labels": [IGNORE_INDEX] * 2}])
         record = super()._run_train_optim_step(passes + [idle] * (most - len(passes)), max_grad_norm)
         # NeMo's own memory would be 0 on a CPU, and leave out what torch has reserved on a GPU
-        last = self.step_scheduler.max_steps
-        record.metrics |= {"lr": rate, "steps": last, "passes": most, "mem": peak_memory_gib()}
+        record.metrics |= {"lr": rate, "passes": most, "mem": peak_memory_gib()}
+        record.metrics["steps"] = self.step_scheduler.max_steps
         return record
 
     def log_train_metrics(self, log_data) -> None:
@@ -172,7 +170,7 @@ def check_recipe(changes: Sequence[str] = (), gpus: int = 1, tokenizer=None) -> 
     """Build all of a run but its weights, without a GPU, and say what it would do; nothing is started.
 
     `changes` are what stands behind the file, `--section.key=value`. `tokenizer` stands in for the recipe's
-    own where the hub can't be reached. Returns rows, steps_per_epoch, steps, learning_rates (one for each
+    own where the hub can't be reached. Returns rows, steps, learning_rates (one for each
     step), lora_modules, trainable and base_parameters, batch (the first of the first GPU) and folder.
 
     Raises:
@@ -220,7 +218,6 @@ def _build(config, recipe: RecipeConfig, gpus: int, tokenizer) -> dict[str, obje
         schedule.step(1)
     return {
         "rows": len(loader.dataset),
-        "steps_per_epoch": steps.epoch_len,
         "steps": len(rates),
         "learning_rates": rates,
         "lora_modules": adapted,
@@ -280,8 +277,8 @@ def run_recipe(changes: Sequence[str], panel: LivePanel, gpus: int = 1) -> Path:
     """
     folder = check_recipe(changes, gpus)["folder"]
     folder.mkdir(parents=True, exist_ok=True)
-    threads = str(max(1, os.cpu_count() // gpus))  # torchrun's own choice is 1
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
+    # torchrun's own choice is one thread
+    environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() // gpus or 1), "TQDM_DISABLE": "1"}
     with (folder / "run.log").open("ab") as log, panel:
         options = dict(stdout=log, stderr=log, env=environment, start_new_session=True)
         options["preexec_fn"] = end_with_parent if sys.platform == "linux" else None
@@ -308,8 +305,8 @@ def why_it_failed(log: Path) -> str:
     """One sentence: the error that came first in the log, which is seldom in its last line."""
     pattern = r"^(?:\[rank\d+\]:\s*)?(?:\w+\.)*(\w+(?:Error|Exception)): (.+)$"
     found = re.findall(pattern, log.read_text(errors="replace"), re.MULTILINE)
-    found = [pair for pair in found if pair[0] != "ChildFailedError"]
-    kind, reason = found[0] if found else ("killed", "no error in its log")
+    causes = (pair for pair in found if pair[0] != "ChildFailedError")
+    kind, reason = next(causes, ("killed", "no error in its log"))
     less = "halve --packing.tokens_per_pass or set --distributed.activation_checkpointing=true; "
     remedy = less if kind == "OutOfMemoryError" else ""
     return f"The recipe failed ({kind}: {reason[:300].rstrip('.')}): {remedy}look at {log}."
