@@ -133,13 +133,15 @@ def test_the_model_is_given_back_as_it_was(tiny, training):
 
 
 def test_dropout_is_off_while_answering(tiny):
-    """Sample answers under dropout: worse than the model is, and different each time."""
+    """Sample answers under dropout are worse than the model is."""
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(r=4, lora_dropout=0.9, target_modules=["q_proj"], init_lora_weights=False)
-    tuned = get_peft_model(tiny[0], lora).train()
-    answers = [generate_answers(tuned, tiny[1], QUESTIONS, max_new_tokens=6) for _ in range(2)]
-    assert answers[0] == answers[1] and tuned.training
+    tuned = get_peft_model(tiny[0], lora).eval()
+    torch.nn.init.normal_(tuned.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+    expected = generate_answers(tuned, tiny[1], QUESTIONS, max_new_tokens=6)
+    assert generate_answers(tuned.train(), tiny[1], QUESTIONS, max_new_tokens=6) == expected
+    assert tuned.training
 
 
 def test_answers_under_packed_attention_equal_those_without(tiny):

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from fiqa_helpers import model, profiles
+from fiqa_helpers import metrics, model, profiles
 from fiqa_helpers.base import WorkshopError, Workspace
 from fiqa_helpers.model import check_adapter
 
 PROJECT = Path(__file__).resolve().parent.parent
 SCRIPT = runpy.run_path(str(PROJECT / "scripts" / "make_precomputed.py"))
 KEPT = model.load_kept()
+EVALUATION = KEPT.folder / "kept_evaluation.json"
 FILES = sorted(path for path in KEPT.folder.rglob("*") if path.is_file())
 
 
@@ -106,6 +107,29 @@ def test_the_case_study_is_labelled_and_tells_its_story():
     assert found["nll"]["difference"] < good["nll"]["difference"] < 0
     assert found["stopped"]["tuned"] < 0.05 < 0.9 < good["stopped"]["tuned"]
     assert found["repeated"]["tuned"] > 0.5 > 0.05 > good["repeated"]["tuned"]
+
+
+@pytest.mark.skipif(not EVALUATION.is_file(), reason="it is made on a GPU")
+def test_the_kept_evaluation_shows_what_is_claimed():
+    """Voice moves, also by stop words alone; each floor loses on one number; intervals are of these rows."""
+    kept = json.loads(EVALUATION.read_text("utf-8"))
+    means, floors = kept["means"], kept["floors"]
+    tuned = means["laptop"]
+    assert kept["tested"] == 100 and kept["device"]["gpu"]
+    assert (
+        tuned["voice"] >= 0.5 and means["untuned plain"]["voice"] <= 0.2 and floors["people"]["voice"] >= 0.78
+    )
+    assert abs(tuned["voice"] - tuned["voice_stop_words"]) <= 0.2
+    assert tuned["stopped"] >= 0.95 and kept["against"]["laptop"]["untuned plain"]["nll"][2] < 0
+    three = ("similarity", "token_f1_60", "voice")
+    for name in floors.keys() - {"people"}:
+        assert any(floors[name][metric] < tuned[metric] for metric in three), name
+    for name in ("tfidf", "token_f1_60"):
+        for rival in ("untuned plain", "untuned chat"):
+            before, after = kept["rows"][rival][name], kept["rows"]["laptop"][name]
+            again = metrics.compare(name, before, after)
+            figures = (again.difference, again.low, again.high)
+            assert kept["against"]["laptop"][rival][name] == pytest.approx(figures, abs=2e-3)
 
 
 def test_pages_quote_the_three_seeds():

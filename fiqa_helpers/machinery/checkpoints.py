@@ -9,6 +9,7 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
+from fiqa_helpers import base
 from fiqa_helpers.base import WorkshopError, Workspace, digest, locked, read_card, write_card, write_json
 from fiqa_helpers.model import model_files
 from fiqa_helpers.profiles import Profile
@@ -173,10 +174,11 @@ def save_final(model, tokenizer, folder: Path, **card: object) -> dict:
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process killed while saving
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    written = write_card(partial / "run_card.json", **card)
-    write_manifest(partial)
+    with base.disk_errors(folder.parent, "set workdir to another disk; the last checkpoint is intact"):
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        written = write_card(partial / "run_card.json", **card)
+        write_manifest(partial)
     set_aside(folder)
     partial.rename(folder)
     return written
