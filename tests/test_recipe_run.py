@@ -1,5 +1,6 @@
 """Recipes that really run on this machine's CPU: packed, one process, two with gloo, killed, resumed."""
 
+import functools
 import json
 import os
 import subprocess
@@ -66,28 +67,20 @@ def behind(place, name: str, processes: int, *more: str) -> list[str]:
     return [*made, "--optimizer.eps=1.0e-2", "--packing.tokens_per_pass=200", *more]
 
 
-def run(place, name: str, processes: int, *more: str):
-    """(panel, adapter) of a finished run."""
-    shown = panel(name)
-    return shown, run_recipe(behind(place, name, processes, *more), shown, processes)
-
-
 @pytest.fixture(scope="module")
-def one(place):
-    """One process."""
-    return run(place, "one", 1)
+def runs(place):
+    """runs(name): (panel, adapter) of a run: one process, two with the base each (ddp), two that share it."""
+
+    @functools.cache
+    def finished(name: str):
+        processes, more = {"one": (1, []), "two": (2, []), "shared": (2, FSDP2)}[name]
+        shown = panel(name)
+        return shown, run_recipe(behind(place, name, processes, *more), shown, processes)
+
+    return finished
 
 
-@pytest.fixture(scope="module")
-def two(place):
-    """Two processes, each with the whole base (ddp)."""
-    return run(place, "two", 2)
-
-
-@pytest.fixture(scope="module")
-def shared(place):
-    """Two processes that share the base (fsdp2)."""
-    return run(place, "shared", 2, *FSDP2)
+TWICE = ["two", pytest.param("shared", marks=pytest.mark.slow)]
 
 
 def tensors(adapter: Path) -> dict:
@@ -101,11 +94,11 @@ def losses(shown: LivePanel) -> list[float]:
     return [row["loss"] for row in shown.history if "loss" in row]
 
 
-def test_metrics_of_every_step(place, one):
+def test_metrics_of_every_step(place, runs):
     """NeMo keeps a hundred records back and logs the next step's rate: the panel would be empty or wrong."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    shown, _ = one
+    shown, _ = runs("one")
     assert shown.outcome == f"finished {STEPS} steps"
     assert [row["step"] for row in shown.history] == [1, 2, 3, 4]
     peak = place[0].learning_rate
@@ -118,15 +111,15 @@ def test_metrics_of_every_step(place, one):
     assert len(board.Scalars("validation/val_loss")) == 2
 
 
-@pytest.mark.parametrize("name", ["one", "two", pytest.param("shared", marks=pytest.mark.slow)])
-def test_peft_has_the_recipes_validation_loss(name, place, request):
+@pytest.mark.parametrize("name", ["one", *TWICE])
+def test_peft_has_the_recipes_validation_loss(name, place, runs):
     """A wrong scale or a layer left out would still load; only the loss knows. Every matrix has its layer."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     profile, workspace, base = place
-    shown, adapter = request.getfixturevalue(name)
+    shown, adapter = runs(name)
     tokenizer = model.load_tokenizer(profile)
     rows = data.read_processed(workspace.data)["validation"].take(profile.eval_rows)
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
@@ -141,7 +134,7 @@ def test_peft_has_the_recipes_validation_loss(name, place, request):
     assert abs(untuned - found) > 1e-3
 
 
-def test_losses_and_adapter_are_the_trainers(place, one, tmp_path):
+def test_losses_and_adapter_are_the_trainers(place, runs, tmp_path):
     """The whole of it: notebook 04's Trainer from the same start, step by step, to the same adapter."""
     import torch
 
@@ -156,21 +149,21 @@ def test_losses_and_adapter_are_the_trainers(place, one, tmp_path):
     same_start(trainer.model)
     trainer.train()
     found = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert found == pytest.approx(losses(one[0]), rel=1e-5)
-    trained, saved = dict(trainer.model.named_parameters()), tensors(one[1])
+    assert found == pytest.approx(losses(runs("one")[0]), rel=1e-5)
+    trained, saved = dict(trainer.model.named_parameters()), tensors(runs("one")[1])
     for name, matrix in saved.items():
         mine = trained[name.replace(".weight", ".default.weight")].detach()
         assert torch.allclose(mine, matrix, atol=1e-5), name
     assert max(matrix.abs().max() for name, matrix in saved.items() if "lora_B" in name) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["two", pytest.param("shared", marks=pytest.mark.slow)])
-def test_two_processes_are_one(name, place, one, request):
+@pytest.mark.parametrize("name", TWICE)
+def test_two_processes_are_one(name, place, runs):
     """Two real processes share the rows, and the weights too: losses and adapters must not know."""
-    shown, adapter = request.getfixturevalue(name)
-    assert losses(shown) == pytest.approx(losses(one[0]), rel=1e-5)
+    shown, adapter = runs(name)
+    assert losses(shown) == pytest.approx(losses(runs("one")[0]), rel=1e-5)
     assert losses(shown)[-1] < losses(shown)[0] - 1e-3, "nothing was learned: equality would show nothing"
-    single, double = tensors(one[1]), tensors(adapter)
+    single, double = tensors(runs("one")[1]), tensors(adapter)
     assert single.keys() == double.keys()
     for key in single:
         assert double[key].shape == single[key].shape
@@ -181,9 +174,9 @@ def test_two_processes_are_one(name, place, one, request):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", ["two", "shared"])
-def test_continues_from_its_checkpoint(name, place, request):
+def test_continues_from_its_checkpoint(name, place, runs):
     """Two processes, killed (SIGKILL) after a checkpoint: started again, they end with the same adapter."""
-    whole = request.getfixturevalue(name)
+    whole = runs(name)
     more = FSDP2 if name == "shared" else []
     folder = place[1].root / f"killed_{name}"
     behind_it = behind(place, folder.name, 2, *more)
