@@ -268,12 +268,11 @@ def waves(runs: dict, count: int) -> list[list[tuple]]:
 
 
 def write_agreement(args: argparse.Namespace, found: dict) -> None:
-    """`found` with distances: the first 20 steps from one GPU's, the validation loss from notebook 04's."""
-    one, notebook = found.get("ddp_1"), found["notebook"]
+    """`found` with distances: the first 20 steps and the validation loss from notebook 04's."""
+    notebook = found["notebook"]
     for name, run in found.items():
-        if one:
-            steps = zip(run["losses"][:20], one["losses"][:20], strict=True)
-            run["largest_step_difference"] = round(max(abs(a - b) for a, b in steps), 5)
+        steps = zip(run["losses"][:20], notebook["losses"][:20], strict=True)
+        run["largest_step_difference"] = round(max(abs(a - b) for a, b in steps), 5)
         run["validation_difference"] = round(run["validation_loss"] - notebook["validation_loss"], 5)
         print(name, {key: value for key, value in run.items() if key != "losses"}, flush=True)
     profile, _ = smollm2(args)
