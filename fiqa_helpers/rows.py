@@ -1,4 +1,7 @@
-"""From a question and an answer to the rows of a batch: prompts, token ids, loss masks, micro-batches."""
+"""From a question and an answer to batches: prompts, token ids, end token, loss masks, micro-batches.
+
+Rows are padded or packed here (`pack_rows`); attention inside a pack is in machinery/fast.py.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

@@ -1,4 +1,7 @@
-"""transformers' Trainer with a step's rows in micro-batches, every loss per answer token, an exact resume."""
+"""transformers' Trainer with a step's rows in micro-batches, every loss per answer token, an exact resume.
+
+SIGTERM and SIGHUP end a run with a checkpoint; a loss or gradient that is no number stops it.
+"""
 
 import contextlib
 import math

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole, taken up again, and refused when they are another run's."""
+"""Checkpoints of a run: written whole, resumed, and refused when they are another run's."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What recipes/fiqa_lora.yaml names; a run checked, started and followed.
+"""What recipes/fiqa_lora.yaml names: rows, packed batches, the recipe; a run checked, started, followed.
 
 The engine is NeMo AutoModel 0.7.0 under torchrun; its command line takes `--section.key=value` behind the
 file. Importing this module imports nemo_automodel. Where there is no GPU, torchrun runs this module itself.
