@@ -1,4 +1,4 @@
-"""Answers from a model, each cut at its end token: batched, or as written in the playground of notebook 05."""
+"""Answers from a model, each cut at its end token: batched, or as written in notebook 05's playground."""
 
 import random
 import threading
