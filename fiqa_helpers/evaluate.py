@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from fiqa_helpers import metrics
 from fiqa_helpers.base import WorkshopError, atomic_writer, write_card, write_json
-from fiqa_helpers.data import fingerprint, load_with_report, read_processed
+from fiqa_helpers.data import fingerprint, load_fiqa, read_processed
 from fiqa_helpers.generate import GUARD, Answer, generate_answers
 from fiqa_helpers.metrics import METRICS, PRIMARY, Comparison, compare
 from fiqa_helpers.model import load_kept
@@ -82,7 +82,7 @@ def training_questions(card: dict, workspace: "Workspace") -> set[str]:
     packaged = definition.get("data", card.get("profile", {}).get("data")) == "packaged"
     for load, certain in (
         (lambda: read_processed(workspace.data), False),
-        (lambda: load_with_report("packaged")[0], packaged),
+        (lambda: load_fiqa("packaged"), packaged),
     ):
         with suppress(WorkshopError):  # no such files here
             splits = load()
@@ -106,7 +106,7 @@ def voice_texts(profile: "Profile") -> tuple[list[str], list[str]]:
         print("Voice is not measured: untuned answers are kept for SmolLM2 and the packaged rows alone.")
         return [], []
     kept = json.loads((load_kept().folder / "untuned_answers.json").read_text(encoding="utf-8"))
-    people = [row["ground_truths"][0] for row in load_with_report("packaged")[0]["train"]]
+    people = [row["ground_truths"][0] for row in load_fiqa("packaged")["train"]]
     return people, [*kept["plain"], *kept["chat"]]
 
 

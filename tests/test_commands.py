@@ -60,7 +60,7 @@ def test_a_wrong_command_line_is_a_sentence(line, code, said, tmp_path, capsys):
 def workdir(tmp_path_factory, tiny_tokenizer) -> Path:
     """What notebooks 01 and 04 leave on profile tiny: rows, and an adapter that changes something."""
     workspace = Workspace(str(tmp_path_factory.mktemp("commands")))
-    data.write_processed(data.load_with_report("packaged")[0], workspace.data)
+    data.write_processed(data.load_fiqa("packaged"), workspace.data)
     profile = load_profile("tiny")
     tuned = peft.get_peft_model(model.tiny_model(tiny_tokenizer), model.lora_config(profile))
     for name, weight in tuned.named_parameters():

@@ -90,8 +90,8 @@ def solved(tmp_path_factory):
     def quick() -> Path:
         folder = tmp_path_factory.mktemp("rows")
         run = Run("01", {}, load_profile("laptop"), Workspace(str(folder)))
-        splits, report = data.load_with_report("packaged", run.workspace)
-        run.finish("rows", data.write_processed(splits, run.workspace.data, report.source))
+        splits = data.load_fiqa("packaged", run.workspace)
+        run.finish("rows", data.write_processed(splits, run.workspace.data))
         return folder
 
     def whole() -> Path:

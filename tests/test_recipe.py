@@ -29,7 +29,7 @@ HUB_ROWS = 5500
 def tiny(tmp_path_factory):
     """(profile, workspace, base, changes): profile tiny, the packaged rows, its random model in a folder."""
     workspace = Workspace(str(tmp_path_factory.mktemp("recipe")))
-    data.write_processed(data.load_with_report("packaged")[0], workspace.data)
+    data.write_processed(data.load_fiqa("packaged"), workspace.data)
     profile = load_profile("tiny")
     base = model.model_path(profile)
     return profile, workspace, base, changes(profile, workspace.data, base, workspace.root / "out")

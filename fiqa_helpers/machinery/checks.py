@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from jupyter_client.kernelspec import KernelSpecManager
 
 from fiqa_helpers.base import WorkshopError, Workspace, cache_dir, versions
-from fiqa_helpers.data import load_with_report
+from fiqa_helpers.data import load_fiqa
 from fiqa_helpers.machinery import assets, machine
 
 if TYPE_CHECKING:
@@ -162,10 +162,10 @@ def _data(profile: "Profile", workspace: Workspace, offline: bool) -> Found:
     if profile.data.partition("@")[0] == "hub" and not offline:
         return _on_hub("explodinggradients/fiqa", "dataset", offline)
     try:
-        _, found = load_with_report(profile.data, workspace)
+        found = load_fiqa(profile.data, workspace)
     except WorkshopError as error:
         return False, str(error)
-    return True, f"{found.source}: {sum(found.rows.values()):,} rows"
+    return True, found["test"].info.description
 
 
 def _on_hub(repository: str, kind: str, offline: bool) -> Found:
