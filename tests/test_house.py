@@ -105,7 +105,7 @@ import time
 begin = time.perf_counter()
 import fiqa_helpers
 seconds = time.perf_counter() - begin
-import sys, fiqa_helpers.run
+import sys, fiqa_helpers.__main__, fiqa_helpers.machinery.ship
 print(seconds, sorted({heavy!r} & set(sys.modules)))
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
