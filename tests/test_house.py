@@ -18,7 +18,7 @@ ORDER = [
 # landing, until it is the first.
 BUDGET = {
     "lesson rooms": (1700, 1921),
-    "machinery": (1400, 1456),
+    "machinery": (1400, 1467),
     "files": (23, 22),
     "templates": (250, 250),
     "tests": (7000, 10030),
