@@ -93,7 +93,7 @@ def test_lengths(path):
 
 @lesson
 def test_steps_predictions_and_endings(path):
-    """People say "I'm stuck at 4.3"; a prediction needs its answer, and an assert of the checkpoint its words."""
+    """People say "I'm stuck at 4.3"; a prediction needs its answer, and a failing assert its words."""
     asked, answered, titles, asserts = set(), set(), [], []
     for cell in cells(path):
         if cell.cell_type == "code":
