@@ -58,9 +58,7 @@ def imports(path: Path) -> set[str]:
 
 def sizes() -> dict[str, int]:
     def lines(folder: str, pattern: str) -> int:
-        return sum(
-            len(file.read_text(encoding="utf-8").splitlines()) for file in (PROJECT / folder).rglob(pattern)
-        )
+        return sum(len(file.read_text("utf-8").splitlines()) for file in (PROJECT / folder).rglob(pattern))
 
     code = {file: code_lines(file.read_text(encoding="utf-8")) for file in FILES}
     machinery = [n for file, n in code.items() if "machinery" in file.parts or file.name == "__main__.py"]
