@@ -20,10 +20,10 @@ BUDGET = {
     "lesson rooms": (1700, 1903),
     "machinery": (1400, 1467),
     "files": (23, 22),
-    "templates": (250, 250),
-    "tests": (7000, 9578),
+    "templates": (250, 238),
+    "tests": (7000, 9494),
     "benchmarks": (950, 1235),
-    "scripts": (450, 450),
+    "scripts": (450, 441),
 }
 
 
