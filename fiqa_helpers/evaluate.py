@@ -20,7 +20,7 @@ from fiqa_helpers.base import WorkshopError, atomic_writer, write_card, write_js
 from fiqa_helpers.data import fingerprint, load_with_report, read_processed
 from fiqa_helpers.generate import GUARD, Answer, generate_answers
 from fiqa_helpers.metrics import METRICS, PRIMARY, Comparison, compare
-from fiqa_helpers.model import load_kept
+from fiqa_helpers.model import kept_run
 from fiqa_helpers.rows import build_prompt, encode, pack_rows
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def voice_texts(profile: "Profile") -> tuple[list[str], list[str]]:
     if (profile.model, profile.data) != ("packaged", "packaged"):
         print("Voice is not measured: untuned answers are kept for SmolLM2 and the packaged rows alone.")
         return [], []
-    kept = json.loads((load_kept().folder / "untuned_answers.json").read_text(encoding="utf-8"))
+    kept = json.loads((kept_run() / "untuned_answers.json").read_text(encoding="utf-8"))
     people = [row["ground_truths"][0] for row in load_with_report("packaged")[0]["train"]]
     return people, [*kept["plain"], *kept["chat"]]
 
