@@ -83,7 +83,7 @@ CASES = [
     data_file("train.jsonl", rows(query="q", text="a"), "row 1, needs the columns", "['query', 'text'"),
     data_file("train.csv", "question,answer\nq,a,b\n", "row that begins at line 2", "put quotation marks"),
     data_file("train.jsonl", "\u0633\u0624\u0627\u0644".encode("utf-16"), "in UTF-8"),
-    # adapters (more of them in test_adapters.py)
+    # adapters (more of them in test_model.py)
     adapter("missing", {}, "There is no adapter", "run notebook 04_train first"),
     adapter("pickle", {"adapter_config.json": LORA, "adapter_model.bin": PICKLE}, "pickled weights", "04"),
     # notebooks out of order
