@@ -17,7 +17,7 @@ from recipe_child import changes
 from fiqa_helpers import data, model
 from fiqa_helpers.base import WorkshopError, Workspace
 from fiqa_helpers.machinery import recipe
-from fiqa_helpers.machinery.recipe import check_recipe, packed_collate, shift, split_pack
+from fiqa_helpers.machinery.recipe import check_recipe, deal, packed_collate, shift, split_pack
 from fiqa_helpers.profiles import PROFILES, load_profile
 from fiqa_helpers.rows import IGNORE_INDEX, StepCollator, encode_rows
 
@@ -29,7 +29,7 @@ HUB_ROWS = 5500
 def tiny(tmp_path_factory):
     """(profile, workspace, base, changes): profile tiny, the packaged rows, its random model in a folder."""
     workspace = Workspace(str(tmp_path_factory.mktemp("recipe")))
-    data.write_processed(data.load_with_report("packaged")[0], workspace.data)
+    data.write_processed(data.load_fiqa("packaged"), workspace.data)
     profile = load_profile("tiny")
     base = model.model_path(profile)
     return profile, workspace, base, changes(profile, workspace.data, base, workspace.root / "out")
@@ -247,6 +247,16 @@ MISTAKES = {  # what stands behind the file, what the sentence must say
     "no data": ("--dataset.folder=nowhere", "run notebook 01"),
     "no model": ("--model.pretrained_model_name_or_path=/nowhere", "nowhere"),
 }
+
+
+def test_rows_are_dealt_evenly():
+    """A GPU with far more tokens than the others makes all of them wait; a row dealt twice counts twice."""
+    rows = [{"input_ids": [n] * (20 + n * n % 700), "labels": [n]} for n in range(64)]
+    hands = deal(rows, 4)
+    assert sorted(row["labels"] for hand in hands for row in hand) == [row["labels"] for row in rows]
+    tokens = [sum(len(row["input_ids"]) for row in hand) for hand in hands]
+    assert max(tokens) <= 1.02 * min(tokens)
+    assert deal(rows, 1) == [rows]
 
 
 @pytest.mark.parametrize(("change", "words"), MISTAKES.values(), ids=MISTAKES)

@@ -29,7 +29,7 @@ TESTS = Path(__file__).resolve().parent
 def place(tmp_path_factory):
     """(profile tiny without dropout, which processes draw each for themselves; workspace; base folder)."""
     workspace = Workspace(str(tmp_path_factory.mktemp("recipe_run")))
-    data.write_processed(data.load_with_report("packaged")[0], workspace.data)
+    data.write_processed(data.load_fiqa("packaged"), workspace.data)
     profile = load_profile("tiny", f"{{max_steps: {STEPS}, lora_dropout: 0.0, learning_rate: 0.02}}")
     return profile, workspace, model.model_path(profile)
 

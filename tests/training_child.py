@@ -103,7 +103,7 @@ def serve() -> None:
     """Prepare once, then fork a process for each job on stdin; print its id and its exit status."""
     run.quiet()
     tokenizer = model.load_tokenizer(profiles.load_profile("tiny"))
-    splits = data.load_with_report("packaged")[0]
+    splits = data.load_fiqa("packaged")
     splits["validation"] = splits["validation"].select(range(6))
     print("ready", flush=True)
     for line in sys.stdin:

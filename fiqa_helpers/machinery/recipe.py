@@ -79,12 +79,31 @@ def packed_collate(rows: Sequence[Row]) -> dict[str, object]:
     return pack | {"use_cache": False}
 
 
-def split_pack(pack: dict[str, object], tokens: int) -> list[dict[str, object]]:
-    """A pack of `packed_collate` -> packs of at most `tokens` tokens, as notebook 04 cuts its steps."""
+def unpack(pack: dict[str, object]) -> list[Row]:
+    """The rows of a pack of `packed_collate`, in their order."""
     lengths = pack["cu_seq_lens_q"].diff().tolist()
     ids, labels = (pack[name][0].split(lengths) for name in ("input_ids", "labels"))
-    rows = [{"input_ids": a.tolist(), "labels": b.tolist()} for a, b in zip(ids, labels, strict=True)]
-    return [packed_collate(group) for group in split_rows(rows, tokens, "packed")]
+    return [{"input_ids": a.tolist(), "labels": b.tolist()} for a, b in zip(ids, labels, strict=True)]
+
+
+def split_pack(pack: dict[str, object], tokens: int) -> list[dict[str, object]]:
+    """A pack of `packed_collate` -> packs of at most `tokens` tokens, as notebook 04 cuts its steps."""
+    return [packed_collate(group) for group in split_rows(unpack(pack), tokens, "packed")]
+
+
+def deal(rows: Sequence[Row], gpus: int) -> list[list[Row]]:
+    """The rows of a step, shared out so that every GPU has about as many tokens as the others.
+
+    Sixteen rows can be twice as long as another sixteen, and every GPU waits for the last one. So the longest
+    row is dealt first, each to the GPU with the fewest tokens (Graham 1969,
+    https://doi.org/10.1137/0117039). The gradient sums over all rows, whoever takes them.
+    """
+    lengths = [len(row["input_ids"]) for row in rows]
+    hands: list[list[int]] = [[] for _ in range(gpus)]
+    for place in sorted(range(len(rows)), key=lambda place: -lengths[place]):
+        shortest = min(hands, key=lambda hand: sum(lengths[i] for i in hand))
+        shortest.append(place)
+    return [[rows[place] for place in sorted(hand)] for hand in hands]
 
 
 @contextlib.contextmanager
@@ -125,9 +144,14 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
 
     def _run_train_optim_step(self, batches, max_grad_norm=None):
         rate = self.optimizer[0].param_groups[0]["lr"]
-        passes = [part for batch in batches for part in split_pack(batch, self.tokens_per_pass)]
-        most = int(self._dp_allreduce(torch.tensor(len(passes)), op=dist.ReduceOp.MAX))
+        rows = [row for batch in batches for row in unpack(batch)]
+        everybodys = [rows] * dist.get_world_size()
+        dist.all_gather_object(everybodys, rows)
+        hands = deal([row for rows in everybodys for row in rows], dist.get_world_size())
+        groups = [split_rows(hand, self.tokens_per_pass, "packed") for hand in hands]
+        passes = [packed_collate(group) for group in groups[dist.get_rank()]]
         # FSDP2 gathers weights in every pass, so all processes make as many: without loss where rows ran out
+        most = max(map(len, groups))
         idle = packed_collate([{"input_ids": [0, 0], "labels": [IGNORE_INDEX] * 2}])
         record = super()._run_train_optim_step(passes + [idle] * (most - len(passes)), max_grad_norm)
         # NeMo's own memory would be 0 on a CPU, and leave out what torch has reserved on a GPU
