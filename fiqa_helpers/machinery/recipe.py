@@ -16,7 +16,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -25,7 +25,6 @@ import torch.distributed as dist
 from nemo_automodel.cli import app
 from nemo_automodel.components._peft.lora import apply_lora_to_linear_modules
 from nemo_automodel.components.config._arg_parser import parse_args_and_load_config
-from nemo_automodel.components.distributed.config import FSDP2Config
 from nemo_automodel.recipes._typed_config import RecipeConfig
 from nemo_automodel.recipes.llm.train_ft import TrainFinetuneRecipeForNextTokenPrediction
 from torch.utils.tensorboard import SummaryWriter
@@ -99,11 +98,7 @@ def end_all_together() -> Iterator[None]:
         if not (dist.is_initialized() and dist.get_world_size() > 1):
             raise
         traceback.print_exc()
-        sys.stderr.flush()
         os._exit(1)
-
-
-TENSORBOARD = {"loss", "lr", "grad_norm", "tps", "mem", "val_loss"}
 
 
 class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
@@ -132,7 +127,6 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
         record = super()._run_train_optim_step(passes + [idle] * (most - len(passes)), max_grad_norm)
         # NeMo's own memory would be 0 on a CPU, and leave out what torch has reserved on a GPU
         record.metrics |= {"lr": rate, "passes": most, "mem": peak_memory_gib()}
-        record.metrics["steps"] = self.step_scheduler.max_steps
         return record
 
     def log_train_metrics(self, log_data) -> None:
@@ -146,7 +140,7 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
     def _write(self, group: str, record, logger) -> None:
         if self.boards is not None:
             logger.flush()
-            for name in TENSORBOARD & record.metrics.keys():
+            for name in {"loss", "lr", "grad_norm", "tps", "mem", "val_loss"} & record.metrics.keys():
                 self.boards.add_scalar(f"{group}/{name}", float(record.metrics[name]), record.step + 1)
             self.boards.flush()
 
@@ -158,7 +152,7 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
 # --- A run checked before it starts.
 
 UNCHECKED = ("", "model", "distributed", "dist_env", "packing")  # NeMo itself refuses keys elsewhere; "": top
-NEMO_KNOWS = {"wandb", "mlflow", *(field.name for field in fields(FSDP2Config))}  # and our file doesn't name
+NEMO_KNOWS = {"wandb", "mlflow", "mp_policy"}  # and our file doesn't name
 
 
 def recipe_file() -> Path:
@@ -177,9 +171,8 @@ def check_recipe(changes: Sequence[str] = (), gpus: int = 1, tokenizer=None) -> 
         WorkshopError: a key that NeMo would read past, rows that can't be shared by the GPUs, a layer that is
             not there, a folder that holds a run, data or model missing, or what NeMo itself refuses.
     """
-    nemo_says = io.StringIO()  # NeMo names the file, and prints an error before it raises it
-    try:
-        with contextlib.redirect_stdout(nemo_says), contextlib.redirect_stderr(nemo_says):
+    try:  # NeMo names the file, and prints an error before it raises it
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             config, ours = (parse_args_and_load_config(str(recipe_file()), argv) for argv in ([*changes], []))
             for name in UNCHECKED:
                 found, known = ({*(c.get(name) if name else c).to_dict()} for c in (config, ours))
@@ -244,8 +237,7 @@ def follow(process: subprocess.Popen, folder: Path, panel: LivePanel) -> None:
     while going:
         going = process.poll() is None and not panel.stop.wait(0.3)
         panel.history = read_metrics(folder)
-        for row in panel.history:
-            panel.step, panel.total = row["step"], row.get("steps", panel.total)
+        panel.step = max((row["step"] for row in panel.history), default=0)
         panel.show(TRAINING)
 
 
@@ -256,7 +248,7 @@ def read_metrics(folder: Path) -> list[dict]:
     """
     rows: dict[int, dict] = {}
     training = {"loss": "loss", "lr": "learning_rate", "tps": "tokens_per_second", "mem": "memory_gib"}
-    training |= {"steps": "steps", "num_tokens_per_step": "tokens", "passes": "passes"}
+    training |= {"num_tokens_per_step": "tokens", "passes": "passes"}
     for name, columns in (("training", training), ("validation", {"val_loss": "eval_loss"})):
         file = folder / f"{name}.jsonl"
         for line in file.read_text().split("\n")[:-1] if file.exists() else []:
@@ -275,7 +267,8 @@ def run_recipe(changes: Sequence[str], panel: LivePanel, gpus: int = 1) -> Path:
     Raises:
         WorkshopError: what `check_recipe` refuses, before any process starts; or the run failed.
     """
-    folder = check_recipe(changes, gpus)["folder"]
+    report = check_recipe(changes, gpus)
+    folder, panel.total = report["folder"], report["steps"]
     folder.mkdir(parents=True, exist_ok=True)
     # torchrun's own choice is one thread
     environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() // gpus or 1), "TQDM_DISABLE": "1"}
@@ -303,20 +296,14 @@ def end_with_parent() -> None:
 
 def why_it_failed(log: Path) -> str:
     """One sentence: the error that came first in the log, which is seldom in its last line."""
-    pattern = r"^(?:\[rank\d+\]:\s*)?(?:\w+\.)*(\w+(?:Error|Exception)): (.+)$"
-    found = re.findall(pattern, log.read_text(errors="replace"), re.MULTILINE)
-    causes = (pair for pair in found if pair[0] != "ChildFailedError")
-    kind, reason = next(causes, ("killed", "no error in its log"))
-    less = "halve --packing.tokens_per_pass or set --distributed.activation_checkpointing=true; "
-    remedy = less if kind == "OutOfMemoryError" else ""
+    # torchrun's own ChildFailedError says nothing
+    pattern = r"^(?:\[rank\d+\]:\s*)?(?:\w+\.)*(?!ChildFailed)(\w+(?:Error|Exception)): (.+)$"
+    found = re.search(pattern, log.read_text(errors="replace"), re.MULTILINE)
+    kind, reason = found.groups() if found else ("killed", "no error in its log")
+    remedy = "halve --packing.tokens_per_pass; " if kind == "OutOfMemoryError" else ""
     return f"The recipe failed ({kind}: {reason[:300].rstrip('.')}): {remedy}look at {log}."
 
 
-def main() -> int:
-    """NeMo's command line where there is no GPU: what it asks CUDA while it loads a model is answered."""
+if __name__ == "__main__":  # where there is no GPU: what NeMo asks CUDA while it loads a model is answered
     with model.nemo_on_cpu(), mock.patch.object(torch.cuda, "reset_peak_memory_stats", lambda *_: None):
-        return app.main() or 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        sys.exit(app.main())
