@@ -59,7 +59,8 @@ def run(name: str, args: argparse.Namespace, seconds: float) -> dict:
     """The result of one contender; a failure is a result too, with the last line of what it said."""
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "result.json", Path(folder) / "log"
-        command = [sys.executable, HERE / "contenders.py", name, out, "--steps", str(args.steps)]
+        steps = CONTENDERS[name].get("steps", args.steps)
+        command = [sys.executable, HERE / "contenders.py", name, out, "--steps", str(steps)]
         with log.open("w") as said:
             try:
                 subprocess.run(command, stdout=said, stderr=said, timeout=max(1, seconds))

@@ -206,12 +206,22 @@ def speed(args: argparse.Namespace) -> None:
 
 
 def smollm2(args: argparse.Namespace):
-    """(profile, folder of its model): the reference settings, SmolLM2's real weights, packaged rows."""
+    """(profile, folder of its model): the reference settings, SmolLM2's real weights, packaged rows.
+
+    In bf16, as Nemotron's files are: NeMo keeps the type of the files.
+    """
+    from transformers import AutoModelForCausalLM
+
     from fiqa_helpers import model
 
     named = ("tiny", "") if args.small else ("gpu80", "{model: packaged, data: packaged}")
     profile = replace(load_profile(*named), max_steps=args.steps, eval_rows=48)
-    return profile, model.model_path(profile)
+    folder = args.folder / "smollm2"
+    if not folder.exists():
+        weights = AutoModelForCausalLM.from_pretrained(model.model_path(profile), dtype=profile.dtype)
+        weights.save_pretrained(folder)
+        model.load_tokenizer(profile).save_pretrained(folder)
+    return replace(profile, model=str(folder)), folder
 
 
 def real_rows(args: argparse.Namespace, output: Path, gpus: int) -> list[str]:

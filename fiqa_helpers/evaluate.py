@@ -75,18 +75,13 @@ def refuse_leak(card: dict, rows: Sequence[dict], workspace: "Workspace") -> str
 def training_questions(card: dict, workspace: "Workspace") -> set[str]:
     """Questions, normalized, of the training and validation splits that `card` names by fingerprint.
 
-    They are looked for in the workspace and among the packaged rows; an older card only says "packaged".
-    Empty when they are not to be found.
+    They are looked for in the workspace and among the packaged rows. Empty when they are not to be found.
     """
-    definition = card.get("definition", {})
-    packaged = definition.get("data", card.get("profile", {}).get("data")) == "packaged"
-    for load, certain in (
-        (lambda: read_processed(workspace.data), False),
-        (lambda: load_with_report("packaged")[0], packaged),
-    ):
+    wanted = card.get("definition", {}).get("train_sha256")
+    for load in (lambda: read_processed(workspace.data), lambda: load_with_report("packaged")[0]):
         with suppress(WorkshopError):  # no such files here
             splits = load()
-            if certain or fingerprint(splits["train"]) == definition.get("train_sha256"):
+            if fingerprint(splits["train"]) == wanted:
                 return {normalized(q) for part in ("train", "validation") for q in splits[part]["question"]}
     return set()
 
@@ -243,7 +238,8 @@ def reference_nll(
     """Negative log-likelihood of each row's likeliest reference, in nats per token, end token included.
 
     Rows are cut at `profile.max_length` as in training. They go through the model one at a time (side by
-    side with padding took a quarter longer on a CPU), and logits are computed for the answer alone.
+    side with padding took a quarter longer on a CPU), and logits are computed for the answer alone. The
+    model is in evaluation mode afterwards.
     """
     import torch
 
@@ -254,12 +250,8 @@ def reference_nll(
         with torch.no_grad():
             return model(**inputs, use_cache=False).loss.item()
 
-    was_training = model.training
     model.eval()
-    try:
-        return [min(nats(row["question"], text) for text in row["ground_truths"]) for row in rows]
-    finally:
-        model.train(was_training)
+    return [min(nats(row["question"], text) for text in row["ground_truths"]) for row in rows]
 
 
 # --- FiQA as a benchmark of the NeMo Evaluator SDK.
@@ -272,7 +264,7 @@ class Evaluated:
     label: str
     folder: Path  # the SDK's logs
     samples: list[dict]  # one a row: answer, tokens, and every metric by name
-    sdk: dict  # the SDK's own summary: its headline reward is the primary metric
+    sdk: dict  # the SDK's own scores: their mean is that of the primary metric
 
     def values(self, metric: str) -> list[float]:
         """The metric of every row, in order."""
@@ -338,9 +330,7 @@ def evaluate(
         about = {"row": row, "question": rows[row]["question"], "answer": said["response"].strip()}
         about |= {"tokens": said["completion_tokens"], "stopped": float(said["finish_reason"] == "stop")}
         samples.append(about | {name: scores[name] for name in METRICS if name in scores})
-    scores = bundle["benchmark"]["scores"]
-    sdk = {name: scores[name] for name in ("mean_reward", "summary") if name in scores}
-    return Evaluated(label, folder, samples, sdk)
+    return Evaluated(label, folder, samples, bundle["benchmark"]["scores"])
 
 
 # --- From two evaluations to what a reader is told: comparisons, floors, changed answers, files.
@@ -387,10 +377,8 @@ def save_evaluation(
             line |= {side.label: side.samples[i] for side in (base, tuned)}
             line["floors"] = {name: scores[i] for name, scores in floors.items()}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    about |= {"rows": len(rows), "floors": floor_means(floors), "metric_version": metrics.VERSION}
+    about |= {"rows": len(rows), "floors": floor_means(floors)}
     about["comparisons"] = {name: asdict(found) for name, found in comparisons.items()}
-    about["evaluator"] = {side.label: side.sdk for side in (base, tuned)}
-    about["logs"] = {side.label: workspace.shown(side.folder) for side in (base, tuned)}
     write_card(summary, **about)
     return [samples, summary]
 
@@ -408,10 +396,7 @@ def draw_differences(base: Evaluated, tuned: Evaluated, found: Comparison) -> tu
     axes.plot(values, np.arange(len(values)), "o", color="#1f5a94", markersize=5 if len(values) < 200 else 2)
     axes.plot([found.low, found.high], [below, below], color="#c65d00", linewidth=7, solid_capstyle="butt")
     axes.plot(found.difference, below, "D", color="black", markersize=6)
-    said = (
-        f"mean {found.difference:+.3f} (diamond), 95 % interval {found.low:+.3f} to {found.high:+.3f} (bar)"
-    )
-    axes.set_title(f"{said}, {found.rows} rows", fontsize=9, loc="left")
+    axes.set_title(f"mean of {found.rows} rows (diamond) and its 95 % interval (bar)", fontsize=9, loc="left")
     axes.set_ylim(2 * below, len(values))
     axes.set_yticks([])
     axes.set_ylabel("a dot for each row, sorted")

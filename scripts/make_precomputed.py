@@ -66,7 +66,7 @@ def take_over(workdir: Path, target: Path) -> None:
         card = read_card(workdir / "outputs" / "run_cards" / f"{number}.json")
         write_json(target / "run_cards" / f"{number}.json", card | {"parameters": {}, "files": []})
     summary = read_card(workdir / "outputs" / "evaluation" / "summary.json")
-    kept = ("written", "profile", "rows", "test_rows", "comparisons", "floors", "metric_version", "versions")
+    kept = ("written", "profile", "rows", "test_rows", "comparisons", "floors", "versions")
     write_json(target / "evaluation.json", {key: summary[key] for key in kept})
     for name in PLOTS:
         with_palette(workdir / "outputs" / "plots" / f"{name}.png", target / "plots" / f"{name}.png")

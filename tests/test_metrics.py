@@ -55,85 +55,28 @@ def test_the_end_of_a_long_answer_counts(similarity, fiqa_rows):
 
 def test_chunks_fit_the_window_and_lose_nothing(similarity, fiqa_rows):
     """A chunk beyond the window is cut again in silence; one that ends inside a word makes another word."""
-
-    def pieces(text: str) -> int:
-        return len(similarity.model.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"])
-
     for row in sorted(fiqa_rows, key=lambda row: -len(row["ground_truths"][0]))[:20]:
         text = row["ground_truths"][0]
-        chunks = similarity.chunks(text)
-        assert sum(length for _, length in chunks) == pieces(text)
-        assert all(length <= 254 for _, length in chunks)
-        assert "".join("".join(piece.split()) for piece, _ in chunks) == "".join(text.split())
-        assert [pieces(piece) for piece, _ in chunks] == [length for _, length in chunks]
-    one, other = texts = ["Put it into an index fund.", "A savings account pays little interest."]
-    plain = similarity.model.encode(texts, normalize_embeddings=True)
-    assert similarity.best(one, [other]) == pytest.approx(float(plain[0] @ plain[1]), abs=1e-6)
+        pieces, lengths = zip(*similarity.chunks(text), strict=True)
+        assert "".join("".join(piece.split()) for piece in pieces) == "".join(text.split())
+        tokens = similarity.model.tokenizer(list(pieces), add_special_tokens=False)["input_ids"]
+        assert [len(ids) for ids in tokens] == list(lengths) and max(lengths) <= 254
 
 
-def test_repetition_by_hand():
-    """A loop must come near 1, ordinary prose at 0, and a text of three words must not divide by zero."""
-    assert metrics.repeated("a b c d " * 50) > 0.9
-    assert metrics.repeated("one two three four five six seven") == 0
-    assert metrics.repeated("only three words") == metrics.repeated("") == 0
-    assert metrics.repeated("a b c d a b c d") == pytest.approx(1 / 5)
-
-
-def test_topic_words_see_the_topic_and_no_stop_words():
-    """Counted with its stop words, any English text would be near to any other."""
-    judge = metrics.topic_words(["the bonds pay interest to you", "the stocks pay to you", "my rent"])
-    near = judge("bonds and interest", ["Interest of bonds", "rent"])
-    assert near > judge("bonds", ["my rent and stocks"]) == 0
-    assert judge("to the and of", ["to the and of"]) == judge("", ["bonds"]) == 0
-    assert judge("stocks", ["rent", "stocks"]) == pytest.approx(1), "the best of several references counts"
-
-
-def test_windows_are_of_words_alone():
-    """Length, quotes or line breaks would tell a forum's post from a model's answer at once."""
-    assert metrics.windows("") == [""]
-    assert metrics.windows('Don’t "PAY",\n it: 5%') == ["don't pay it"]
-    for words, expected in ((500, [20, 20, 20]), (49, [20, 29])):
-        parts = metrics.windows(" ".join(["word"] * words))
-        assert [len(part.split()) for part in parts] == expected
-
-
-@pytest.fixture(scope="module")
-def voices():
-    """(classifier, people's answers, untuned answers): trained on 400 questions, the texts are of others."""
+def test_voice_recognises_the_untuned_model_by_more_than_its_opening(capsys):
+    """Held out, it must tell people from the model, and a person's first words must not make a person."""
     people, kept = voice_texts(profiles.load_profile("laptop"))
-    plain, chat = kept[:500], kept[500:]
-    assert len(people) == len(plain) == len(chat) == 500
-    return metrics.train_voice(people[:400], plain[:400] + chat[:400]), people[400:], plain[400:]
+    untuned = kept[400:500]  # the first 500 were asked plainly, the others in the chat prompt
+    voices = metrics.train_voice(people[:400], kept[:400] + kept[500:900])
 
+    def mean_voice(texts):
+        return sum(metrics.voice(voices, text) for text in texts) / len(texts)
 
-def mean_voice(voices, texts):
-    return sum(metrics.voice(voices, text) for text in texts) / len(texts)
-
-
-def test_voice_recognises_the_untuned_model_and_nothing_else(voices):
-    """Held out, it must tell the two apart; what it can not tell apart must be known, and is shown in 06."""
-    classifier, people, untuned = voices
-    of_model = mean_voice(classifier, untuned)
-    assert mean_voice(classifier, people) > 0.75 and of_model < 0.25
-    draw = random.Random(0)
-    shuffled = [" ".join(draw.sample(text.split(), len(text.split()))) for text in people]
-    assert mean_voice(classifier, shuffled) >= 0.8, "disorder is not the untuned model either"
     opened = [f"I don't think so. But if you ask me, {text}" for text in untuned]
-    assert 0 < mean_voice(classifier, opened) - of_model <= 0.35, "an opening phrase is no voice"
-
-
-def test_without_a_difference_voice_finds_none(voices):
-    """A classifier that learned length or order by heart would tell two halves of one kind apart."""
-    _, people, untuned = voices
-    texts = people[:50] + untuned[:50]
-    random.Random(0).shuffle(texts)
-    classifier = metrics.train_voice(texts[:50], texts[50:])
-    assert mean_voice(classifier, people[50:] + untuned[50:]) == pytest.approx(0.5, abs=0.08)
-
-
-def test_voice_is_absent_for_other_models_and_rows(capsys):
-    """Compared with another model's answers, any text is nobody's voice."""
-    assert voice_texts(profiles.load_profile("tiny")) == ([], [])
+    of_model, of_opened = mean_voice(untuned), mean_voice(opened)
+    assert mean_voice(people[400:]) > 0.75 and of_model < 0.25
+    assert 0 < of_opened - of_model <= 0.35, "an opening phrase is no voice"
+    assert voice_texts(profiles.load_profile("tiny")) == ([], []), "another model has another voice"
     assert "Voice is not measured" in capsys.readouterr().out
 
 
@@ -144,20 +87,12 @@ def test_nobody_gets_their_own_answer(n, seed):
     order = metrics.derangement(n, seed)
     assert sorted(order) == list(range(n))
     assert all(order[i] != i for i in range(n))
-    assert order == metrics.derangement(n, seed)
 
 
-def test_floors_are_of_the_same_rows(fiqa_rows):
-    """Floors of other rows than the ones under test are no floors: their level differs from row to row."""
-    rows = fiqa_rows[40:60]
-    found = metrics.floors(rows, seed=3)
-    assert found["echo the question"] == [row["question"] for row in rows]
-    references = [row["ground_truths"][0] for row in rows]
-    assert sorted(found["another row's answer"]) == sorted(references)
-    assert all(a != b for a, b in zip(found["another row's answer"], references, strict=True))
-    assert {len(answers) for answers in found.values()} == {len(rows)}
-    with pytest.raises(WorkshopError, match="at least 2"):  # looking for another row would never end
-        metrics.floors(rows[:1])
+def test_one_row_has_no_other_answer():
+    """Looking for another row's answer would never end."""
+    with pytest.raises(WorkshopError, match="at least 2"):
+        metrics.floors([{"question": "", "ground_truths": [""]}])
 
 
 def test_a_real_gain_is_seen_and_pairing_is_why():

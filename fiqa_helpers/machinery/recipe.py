@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -45,10 +45,9 @@ register_packed_attention()  # before a model with `attn_implementation: packed_
 
 def fiqa_rows(tokenizer, folder: str, split: str, rows: int, prompt: str, max_length: int) -> list[Row]:
     """The first `rows` (-1: all) of a split that notebook 01 wrote to `folder`, with shifted labels."""
-    found = data.read_processed(Path(folder))[split]
-    chosen = found.take(len(found) if rows < 0 else min(rows, len(found)))
-    answered = zip(chosen["question"], (truths[0] for truths in chosen["ground_truths"]), strict=True)
-    return [shift(encode(*pair, tokenizer, prompt, max_length)) for pair in answered]
+    chosen = data.read_processed(Path(folder))[split].to_list()[: None if rows < 0 else rows]
+    pairs = ((row["question"], row["ground_truths"][0]) for row in chosen)
+    return [shift(encode(*pair, tokenizer, prompt, max_length)) for pair in pairs]
 
 
 def shift(row: Row) -> Row:
@@ -78,27 +77,24 @@ def packed_collate(rows: Sequence[Row]) -> dict[str, object]:
     return pack | {"use_cache": False}
 
 
-def split_pack(pack: dict[str, object], tokens: int) -> list[dict[str, object]]:
-    """A pack of `packed_collate` -> packs of at most `tokens` tokens, as notebook 04 cuts its steps."""
+def unpack(pack: dict[str, object]) -> list[Row]:
+    """The rows of a pack of `packed_collate`, in their order."""
     lengths = pack["cu_seq_lens_q"].diff().tolist()
     ids, labels = (pack[name][0].split(lengths) for name in ("input_ids", "labels"))
-    rows = [{"input_ids": a.tolist(), "labels": b.tolist()} for a, b in zip(ids, labels, strict=True)]
-    return [packed_collate(group) for group in split_rows(rows, tokens, "packed")]
+    return [{"input_ids": a.tolist(), "labels": b.tolist()} for a, b in zip(ids, labels, strict=True)]
 
 
-@contextlib.contextmanager
-def end_all_together() -> Iterator[None]:
-    """End this process at once on an error, so that torchrun ends the others.
+def deal(rows: Sequence[Row], gpus: int, tokens: int) -> list[list[list[Row]]]:
+    """The rows of a step -> for each GPU the groups of its passes, of at most `tokens` tokens each.
 
-    A normal exit waits for NCCL, which waits for the other processes, which wait for this one.
+    Sixteen rows can be twice as long as another sixteen, and every GPU waits for the last one. So the longest
+    row is dealt first, each to the GPU with the fewest tokens (Graham 1969,
+    https://doi.org/10.1137/0117039). The gradient sums over all rows, whoever takes them.
     """
-    try:
-        yield
-    except Exception:
-        if not (dist.is_initialized() and dist.get_world_size() > 1):
-            raise
-        traceback.print_exc()
-        os._exit(1)
+    hands: list[list[Row]] = [[] for _ in range(gpus)]
+    for row in sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True):
+        min(hands, key=lambda hand: sum(len(row["input_ids"]) for row in hand)).append(row)
+    return [split_rows(hand, tokens, "packed") for hand in hands]
 
 
 class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
@@ -109,7 +105,6 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
     process ends all of them.
     """
 
-    @end_all_together()
     def setup(self) -> None:
         super().setup()
         if torch.cuda.is_available():
@@ -120,9 +115,13 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
 
     def _run_train_optim_step(self, batches, max_grad_norm=None):
         rate = self.optimizer[0].param_groups[0]["lr"]
-        passes = [part for batch in batches for part in split_pack(batch, self.tokens_per_pass)]
-        most = int(self._dp_allreduce(torch.tensor(len(passes)), op=dist.ReduceOp.MAX))
+        rows = [row for batch in batches for row in unpack(batch)]
+        everybodys = [rows] * dist.get_world_size()
+        dist.all_gather_object(everybodys, rows)
+        hands = deal(sum(everybodys, []), dist.get_world_size(), self.tokens_per_pass)
+        passes = [packed_collate(group) for group in hands[dist.get_rank()]]
         # FSDP2 gathers weights in every pass, so all processes make as many: without loss where rows ran out
+        most = max(map(len, hands))
         idle = packed_collate([{"input_ids": [0, 0], "labels": [IGNORE_INDEX] * 2}])
         record = super()._run_train_optim_step(passes + [idle] * (most - len(passes)), max_grad_norm)
         # NeMo's own memory would be 0 on a CPU, and leave out what torch has reserved on a GPU
@@ -144,15 +143,19 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
                 self.boards.add_scalar(f"{group}/{name}", float(record.metrics[name]), record.step + 1)
             self.boards.flush()
 
-    @end_all_together()
     def run_train_validation_loop(self) -> None:
-        super().run_train_validation_loop()
+        try:
+            super().run_train_validation_loop()
+        except Exception:
+            if dist.get_world_size() == 1:
+                raise
+            traceback.print_exc()
+            os._exit(1)  # a normal exit waits for NCCL, which waits for the others, which wait for this one
 
 
 # --- A run checked before it starts.
 
 UNCHECKED = ("", "model", "distributed", "dist_env", "packing")  # NeMo itself refuses keys elsewhere; "": top
-NEMO_KNOWS = {"wandb", "mlflow", "mp_policy"}  # and our file doesn't name
 
 
 def recipe_file() -> Path:
@@ -176,7 +179,7 @@ def check_recipe(changes: Sequence[str] = (), gpus: int = 1, tokenizer=None) -> 
             config, ours = (parse_args_and_load_config(str(recipe_file()), argv) for argv in ([*changes], []))
             for name in UNCHECKED:
                 found, known = ({*(c.get(name) if name else c).to_dict()} for c in (config, ours))
-                if unknown := found - known - NEMO_KNOWS:
+                if unknown := found - known - {"wandb", "mlflow", "mp_policy"}:
                     said = f"{name or 'The file'} has no {min(unknown)}: it has {', '.join(known)}."
                     raise WorkshopError(said)
             return _build(config, RecipeConfig(config), gpus, tokenizer)
@@ -278,7 +281,6 @@ def run_recipe(changes: Sequence[str], panel: LivePanel, gpus: int = 1) -> Path:
         process = subprocess.Popen(launch(changes, gpus), **options)
         try:
             follow(process, folder, panel)
-            panel.stopped = "Stop button" if process.poll() is None else None
         finally:
             process.send_signal(signal.SIGTERM)  # does nothing to one that has ended
             process.wait(90)  # torchrun itself kills, after 30 s, a process that doesn't save and end
