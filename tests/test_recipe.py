@@ -188,7 +188,7 @@ def test_a_pack_computes_each_row_alone(place, tiny_model, tiny_tokenizer):
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 3), st.integers(40, 90))
 def test_passes_are_bounded_and_lose_nothing(lengths, gpus, tokens):
-    """Sixteen rows of FiQA may have 20,000 tokens: no card holds them, and all wait for the one that tries."""
+    """Sixteen rows of FiQA may have 20,000 tokens: no card holds them, and all wait for the slowest."""
     count = iter(range(10_000))
     rows = [{"input_ids": [next(count) for _ in range(n)], "labels": [IGNORE_INDEX] * n} for n in lengths]
     hands = deal(unpack(packed_collate(rows)), gpus, tokens)
