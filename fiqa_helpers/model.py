@@ -3,21 +3,17 @@
 import contextlib
 import ctypes
 import gc
-import hashlib
-import json
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
 from fiqa_helpers.base import WorkshopError, Workspace, cache_dir, project_root, read_card
-from fiqa_helpers.machinery import assets, machine
+from fiqa_helpers.machinery import assets
 from fiqa_helpers.profiles import PROFILES, Profile, disagreement
 
 if TYPE_CHECKING:
-    import pandas as pd
     from peft import LoraConfig
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,10 +24,8 @@ SPARE_TOKENS = ("<|finetune_right_pad_id|>", "<reponame>", "<pad>", "<unk>", "<|
 
 def model_path(profile: Profile) -> str:
     """What `from_pretrained` is given: a hub id, or a folder (the packaged model's is made on first use)."""
-    if profile.model == "packaged":
-        return str(assets.smollm2_folder())
-    if profile.model == "random":
-        return str(_random_folder())
+    if made := {"packaged": assets.smollm2_folder, "random": _random_folder}.get(profile.model):
+        return str(made())
     folder = Path(profile.model).expanduser()
     return str(folder) if folder.is_dir() else profile.model
 
@@ -130,11 +124,10 @@ def refuse_missing_weights() -> Iterator[None]:
 
     finalize = PreTrainedModel._finalize_model_loading
 
-    def checked(model, load_config, loading_info):
-        report = finalize(model, load_config, loading_info)
-        missing = sorted(report.missing_keys)
-        if missing:
-            raise ValueError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
+    def checked(*loaded):
+        report = finalize(*loaded)
+        if report.missing_keys:
+            raise ValueError(f"weights are missing, such as {min(report.missing_keys)}")
         return report
 
     with mock.patch.object(PreTrainedModel, "_finalize_model_loading", staticmethod(checked)):
@@ -187,10 +180,9 @@ def reference_config() -> "PretrainedConfig":
     Sizes are the model card's. RoPE scaling is the parent model's, Llama 3.1 8B: it has no parameters, so
     counts and speed do not depend on it.
     """
-    from transformers import AutoConfig
+    from transformers import LlamaConfig
 
-    values = machine.nemotron_config()
-    return AutoConfig.for_model(**{key: value for key, value in values.items() if key != "_comment"})
+    return LlamaConfig.from_json_file(Path(__file__).with_name("nemotron_8b_config.json"))
 
 
 def count_parameters(config: "PretrainedConfig", lora: "LoraConfig") -> tuple[int, int]:
@@ -211,13 +203,12 @@ def tiny_model(tokenizer: "PreTrainedTokenizerBase", seed: int = 0) -> "PreTrain
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    config = LlamaConfig.from_json_file(Path(__file__).with_name("tiny_config.json"))
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128}
-    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    more = {"max_position_embeddings": 4096, "tie_word_embeddings": True}
+    config.update({"vocab_size": len(tokenizer), **tokens})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(**sizes, **layers, **more, **tokens))
+        return LlamaForCausalLM(config)
 
 
 def _random_folder() -> Path:
@@ -256,7 +247,6 @@ def free_memory() -> str:
 # --- Is this folder a whole adapter of notebook 04, for this base model? Asked before anything is loaded.
 
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 CARD = "run_card.json"
 REMEDY = "run notebook 04_train first (or again)"
 
@@ -269,25 +259,17 @@ def check_adapter(folder: Path, profile: Profile) -> dict:
     Raises:
         WorkshopError: no adapter, half of one, or one for another base model, data set or prompt.
     """
-    if not (folder / WEIGHTS).is_file():
-        raise WorkshopError(
-            f"There is no adapter in {folder} (no {WEIGHTS}, and pickled weights are not loaded): {REMEDY}."
-        )
     card = read_card(folder / CARD) or {}
     trained = card.get("profile")
-    if not isinstance(trained, dict):
-        raise WorkshopError(f"{folder / CARD} is missing or damaged, so the base model is unknown: {REMEDY}.")
+    if not (folder / WEIGHTS).is_file() or not isinstance(trained, dict):
+        raise WorkshopError(
+            f"There is no adapter in {folder} ({WEIGHTS}, {CARD}; pickled weights are not loaded): {REMEDY}."
+        )
     if differing := disagreement(trained, profile):
         key, there, here = differing
         raise WorkshopError(
             f"The adapter in {folder} was trained with {key} = {there!r} and this run has {here!r}: "
             "give this notebook the profile and overrides of notebook 04, or train again."
-        )
-    there, here = card.get("definition", {}).get("model_files", ""), model_files(profile)
-    if there != here and min(len(there), len(here)) >= 40:  # hashes: of a folder, or of a commit
-        raise WorkshopError(
-            f"The adapter in {folder} was trained on other weights of {profile.model} ({there[:12]}, here "
-            f"{here[:12]}): set model or model_revision in overrides to those, or train again."
         )
     check_fit(folder, base_config(profile))
     return card
@@ -327,89 +309,15 @@ def check_fit(folder: Path, config: "PretrainedConfig") -> None:
         )
 
 
-def model_files(profile: Profile) -> str:
-    """What tells one model from another of the same name: a commit of the hub, or a hash of a folder.
-
-    Of each file in a folder the name, the size and 16 samples of 64 KiB are hashed: other weights differ in
-    all of them, and 16 GB need not be read.
-    """
-    folder = Path(profile.model).expanduser()
-    if profile.model in ("packaged", "random"):
-        return profile.model
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        config = try_to_load_from_cache(profile.model, "config.json", revision=profile.model_revision)
-        return Path(config).parent.name if isinstance(config, str) else profile.model_revision
-    total = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        size = path.stat().st_size
-        total.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            for part in range(16):
-                file.seek(size * part // 16)
-                total.update(file.read(65536))
-    return total.hexdigest()
-
-
 # --- Real runs that are kept in the repository, to be taught from where their notebooks were not run.
 #
 # Their files lie in `notebooks/precomputed/`, written by `scripts/make_precomputed.py` out of a finished
 # run. The run in its folder `case_study/` went wrong, which is what it is kept for.
 
 
-@dataclass(frozen=True)
-class KeptRun:
-    """The run in `folder`: its label, losses, answers and evaluation."""
-
-    folder: Path
-
-    @property
-    def training(self) -> dict:
-        """The run card of the adapter, as notebook 04 wrote it."""
-        return self._read("adapter", CARD)
-
-    @property
-    def label(self) -> str:
-        """Which model, data, settings, device and day: shown wherever something of this run is shown."""
-        card, device = self.training, self.notebook("04")["device"]
-        profile, words = card["profile"], card["profile"].get("topical_words")
-        where = (device["gpu"] or {}).get("name") or f"{device['cores']} cores of {device['cpu']}"
-        return (
-            f"Precomputed run: SmolLM2-135M-Instruct, packaged FiQA rows, {profile['prompt']} prompt; "
-            f"{card['panel']['step']} steps of {profile['batch_size']} rows, "
-            f"{f'{words} words of each answer' if words else 'whole answers'}, learning rate "
-            f"{profile['learning_rate']:g}, on {where}, {card['written'][:10]}, "
-            f"torch {card['versions']['torch']}"
-        )
-
-    def notebook(self, number: str) -> dict:
-        """The run card of one of its notebooks, "01" to "06"."""
-        return self._read("run_cards", f"{number}.json")
-
-    @property
-    def evaluation(self) -> dict:
-        """The summary of notebook 06: comparisons and floors."""
-        return self._read("evaluation.json")
-
-    def history(self) -> "pd.DataFrame":
-        """Losses (nats per answer token) and learning rate, one line a step."""
-        import pandas as pd
-
-        return pd.DataFrame(self.training["panel"]["history"]).set_index("step")
-
-    def _read(self, *parts: str) -> dict:
-        return json.loads(self.folder.joinpath(*parts).read_text(encoding="utf-8"))
-
-
-def load_kept() -> KeptRun:
-    """The precomputed run of this repository: profile laptop, evaluated on all 100 test rows."""
-    return KeptRun(project_root() / "notebooks" / "precomputed")
-
-
-def case_study() -> KeptRun:
-    """A run of which only the loss became better: whole answers, and decoding without the guard."""
-    return KeptRun(load_kept().folder / "case_study")
+def kept_run() -> Path:
+    """Folder of the precomputed run: profile laptop. Its `label.txt` says whose; it is shown with the run."""
+    return project_root() / "notebooks" / "precomputed"
 
 
 def adapter_folder(workspace: Workspace, profile: Profile) -> Path:
@@ -418,8 +326,9 @@ def adapter_folder(workspace: Workspace, profile: Profile) -> Path:
     The precomputed adapter serves only profiles with its own model, data, prompt and training answers. For
     others the folder of notebook 04 is returned although it is empty, and `check_adapter` says what to run.
     """
-    own, kept = workspace.final_model, load_kept()
-    if own.exists() or disagreement(kept.training["profile"], profile):
+    own, kept = workspace.final_model, kept_run() / "adapter"
+    if own.exists() or disagreement(read_card(kept / CARD)["profile"], profile):
         return own
-    print(f"Notebook 04 was not run in this workdir, so this is not your adapter.\n{kept.label}.")
-    return kept.folder / "adapter"
+    print("Notebook 04 was not run in this workdir, so this is not your adapter.")
+    print((kept_run() / "label.txt").read_text())
+    return kept

@@ -79,17 +79,6 @@ def test_run_with_other_settings_is_refused_with_the_difference(workspace, monke
         checkpoints.open_run(workspace, TINY, ROWS)
 
 
-def test_other_weights_in_the_same_model_folder_are_noticed(tmp_path, workspace):
-    """A model folder keeps its name when its weights are replaced by others of the same size."""
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"\0" * 3_000_000)
-    profile = replace(TINY, model=str(tmp_path))
-    checkpoints.open_run(workspace, profile, ROWS)
-    (tmp_path / "model.safetensors").write_bytes(b"\1" * 3_000_000)
-    with pytest.raises(WorkshopError, match="model_files was"):
-        checkpoints.open_run(workspace, profile, ROWS)
-
-
 def test_less_memory_is_no_other_run(workspace, capsys):
     """After running out of memory one lowers tokens_per_batch: the run must go on, and say what changed."""
     make_checkpoint(checkpoints.open_run(workspace, TINY, ROWS).folder, 2)

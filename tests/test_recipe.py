@@ -43,7 +43,7 @@ TINY = "{max_steps: 4, train_rows: 10, lora_dropout: 0.0, learning_rate: 0.02}"
 def place(tmp_path_factory):
     """(profile, workspace, folder of its random model); recipes that start here begin alike."""
     workspace = Workspace(str(tmp_path_factory.mktemp("recipe")))
-    data.write_processed(data.load_with_report("packaged")[0], workspace.data)
+    data.write_processed(data.load_fiqa("packaged"), workspace.data)
     profile = load_profile("tiny", TINY)
     with pytest.MonkeyPatch.context() as patch:
         # torchrun's processes must find tests/recipe_child.py
@@ -207,7 +207,7 @@ MISTAKES = {  # what stands behind the file, what the sentence must say
     "key of the adapter": ("--peft.dropout_postion=pre", "dropout_postion"),
     "layer that is not there": ("--peft.target_modules=['*.query']", r"\*\.query matches no layer"),
     "batch": ("--step_scheduler.local_batch_size=3", "must be divisible by"),
-    "no data": ("--dataset.folder=nowhere", "run notebook 01"),
+    "no data": ("--dataset.folder=nowhere", "notebook 01"),
     "no model": ("--model.pretrained_model_name_or_path=/nowhere", "nowhere"),
 }
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from fiqa_helpers import base
 from fiqa_helpers.base import WorkshopError, Workspace, digest, locked, read_card, write_card, write_json
-from fiqa_helpers.model import model_files
 from fiqa_helpers.profiles import Profile
 from fiqa_helpers.rows import SYSTEM_TEXT
 
@@ -145,7 +144,7 @@ def define(profile: Profile, rows: dict[str, str]) -> dict:
     settings = {key: value for key, value in asdict(profile).items() if key not in SHOWN_ONLY}
     settings |= {f"{split}_sha256": fingerprint for split, fingerprint in rows.items()}
     settings["prompt_sha256"] = sha256(SYSTEM_TEXT.encode()).hexdigest()
-    return json.loads(json.dumps(settings | {"model_files": model_files(profile)}))
+    return json.loads(json.dumps(settings))
 
 
 def refuse_other(folder: Path, definition: dict) -> None:
