@@ -235,7 +235,7 @@ def test_what_is_not_whole_is_not_ready(project, tmp_path, monkeypatch):
 def workdir(tmp_path_factory, tiny_tokenizer) -> Path:
     """What notebooks 01 and 04 leave on profile tiny: rows, and an adapter that changes something."""
     workspace = Workspace(str(tmp_path_factory.mktemp("commands")))
-    data.write_processed(data.load_with_report("packaged")[0], workspace.data)
+    data.write_processed(data.load_fiqa("packaged"), workspace.data)
     profile = load_profile("tiny")
     tuned = peft.get_peft_model(model.tiny_model(tiny_tokenizer), model.lora_config(profile))
     for name, weight in tuned.named_parameters():
