@@ -77,10 +77,10 @@ CASES = [
     overrides("{max_step: 3}", "'max_step'", "did you mean max_steps?"),
     overrides("{batch_size: 0}", "batch_size is 0"),
     overrides("{max_length: 600}", "tokens_per_batch is 512, less than one row", "raise tokens_per_batch"),
-    # data files (more of them in test_data.py and test_cases.py)
+    # data files (more of them in test_data.py)
     overrides("{data: nowhere}", "data is 'nowhere'", "a folder or file that exists"),
-    data_file("train.jsonl", "", "0 usable rows"),
-    data_file("train.jsonl", rows(query="q", text="a"), "row 1, needs the columns", "'query', 'text'"),
+    data_file("train.jsonl", "", "a single file 10"),
+    data_file("train.jsonl", rows(query="q", text="a"), "row 1, needs the columns", "['query', 'text'"),
     data_file("train.csv", "question,answer\nq,a,b\n", "row that begins at line 2", "put quotation marks"),
     data_file("train.jsonl", "\u0633\u0624\u0627\u0644".encode("utf-16"), "in UTF-8"),
     # adapters (more of them in test_model.py)

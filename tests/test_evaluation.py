@@ -190,7 +190,7 @@ def test_an_adapter_is_not_tested_on_its_lessons(workspace, fiqa_rows):
 
     Rows from a folder are known through notebook 01's files; where they are from elsewhere it is said.
     """
-    splits, _ = data.load_with_report("packaged")
+    splits = data.load_fiqa("packaged")
     card = {"definition": {"train_sha256": data.fingerprint(splits["train"])}}
     assert "None of the 100" in refuse_leak(card, list(splits["test"]), workspace)
     disguised = [{"question": f"  {splits['train'][0]['question'].upper()}?!"}]
@@ -264,7 +264,7 @@ def test_a_broken_adapter_is_reported_as_worse(workspace, fiqa_rows, smollm2, sc
     profile = profiles.load_profile("laptop", "{max_length: 160}")
     tokenizer = model.load_tokenizer(profile)
     broken = with_adapter(model.load_base(profile), profile, noise=0.3)
-    rows = list(data.load_with_report("packaged")[0]["test"].select(range(10)))
+    rows = list(data.load_fiqa("packaged")["test"].select(range(10)))
     found = compare_all(*both(workspace, rows, broken, tokenizer, score, Decoding(24)))
     assert {found[name].verdict for name in ("similarity", "token_f1", "nll")} == {"worse"}
     assert found["similarity"].win_rate < 0.3

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from jupyter_client.kernelspec import KernelSpecManager
 
 from fiqa_helpers.base import WorkshopError, Workspace, cache_dir, versions
-from fiqa_helpers.data import load_with_report
+from fiqa_helpers.data import load_fiqa
 from fiqa_helpers.machinery import assets, machine
 from fiqa_helpers.profiles import Profile
 
@@ -149,7 +149,7 @@ def _data(profile: Profile, workspace: Workspace, offline: bool) -> Found:
     if profile.data == "packaged":
         return _packaged("fiqa_test", offline)
     try:
-        _, found = load_with_report(profile.data, workspace)
+        found = load_fiqa(profile.data, workspace)
     except WorkshopError as error:
         return False, str(error)
-    return True, f"{found.source}: {sum(found.rows.values()):,} rows"
+    return True, found["test"].info.description
