@@ -194,12 +194,12 @@ def test_a_signal_reaches_the_kernel_and_is_waited_for(tmp_path, source, signals
 
 def test_the_exit_code_goes_through_twenty_machines(tmp_path, monkeypatch, capsys, smollm2, fiqa_rows):
     """A loop over ssh sees nothing but the exit code; with everything in the cache every line is OK."""
-    assets.minilm_folder()
+    assets.fetch("minilm")
     arguments = ["check", "--offline", "--profile", "laptop", "--workdir", tmp_path]
     assert command(*arguments) == 0 and capsys.readouterr().out.endswith("Ready.\n")
     damaged = tmp_path / "cache" / assets.ASSETS["fiqa_test"].name_in_cache / "test.jsonl"
     damaged.parent.mkdir(parents=True)  # one byte too many: no network would replace it
-    damaged.write_bytes(assets.fiqa_test_file().read_bytes() + b" ")
+    damaged.write_bytes(assets.fetch("fiqa_test").read_bytes() + b" ")
     monkeypatch.setenv("FIQA_CACHE", str(tmp_path / "cache"))
     assert command(*arguments) == 1
     said = capsys.readouterr().out
