@@ -158,7 +158,7 @@ def fiqa_rows() -> list[dict]:
     """The 648 packaged rows: question and ground_truths."""
     from fiqa_helpers.machinery import assets
 
-    rows = map(json.loads, assets.fiqa_test_file().read_text(encoding="utf-8").splitlines())
+    rows = map(json.loads, assets.fetch("fiqa_test").read_text(encoding="utf-8").splitlines())
     return [{"question": row["question"], "ground_truths": [row["answer"]]} for row in rows]
 
 

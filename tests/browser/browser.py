@@ -154,16 +154,13 @@ class Notebook:
 
 
 PANEL = ".fiqa-panel"
-STEP = """() => {
-  const line = document.querySelector('.fiqa-panel .when')?.innerText ?? '';
-  return Number(line.match(/step (\\d+) of/)?.[1] ?? -1);
-}"""
+STEP = "Number(document.querySelector('.fiqa-panel .bar')?.getAttribute('aria-valuenow') ?? -1)"
 
 
 def at_step(page, step: int, seconds: int = 300) -> int:
     """Wait until the panel shows at least `step` optimizer steps done; gives what it shows."""
-    page.wait_for_function(f"() => ({STEP})() >= {step}", timeout=1000 * seconds)
-    return page.evaluate(STEP)
+    page.wait_for_function(f"() => {STEP} >= {step}", timeout=1000 * seconds)
+    return page.evaluate(f"() => {STEP}")
 
 
 def press(page, label: str) -> None:

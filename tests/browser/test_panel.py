@@ -5,11 +5,14 @@ Two tests are the browser's part of `make test`; the others, and the real notebo
 
 import re
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
-from browser import PANEL, READY, SHOTS, Notebook, at_step, make_lab, press
+from browser import PANEL, READY, Notebook, at_step, make_lab, press
 from checkout import PROJECT
 from panel_training import write_notebook
 
@@ -33,14 +36,17 @@ def wait_for_file(path: Path, text: str) -> None:
 
 def test_it_opens_on_the_first_notebook_with_its_contents(lab, served, page):
     """Without a layout it opens a list of files and asks about news; or it spoils what is not its own."""
+    with pytest.raises(urllib.error.HTTPError, match="403"):  # without its token
+        urllib.request.urlopen(f"{lab[0]}/api/contents?token=no")
+    port = int(lab[0].rpartition(":")[2])
+    listening = {place.laddr for place in psutil.net_connections() if place.status == "LISTEN"}
+    assert [place.ip for place in listening if place.port == port] == ["127.0.0.1"]
     called = []
     page.on("request", lambda request: called.append(request.url))
     open_lab(page, *lab)
     where = page.evaluate("() => jupyterapp.shell.currentWidget.context.path")
     assert where == "notebooks/00_start_here.ipynb"
     page.locator(".jp-TableOfContents:visible").get_by_text("Checkpoint").wait_for(timeout=30_000)
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SHOTS / "lab-opened.png")
     assert page.locator(".jp-toast-message, .Toastify__toast").count() == 0  # "would you like news"
     page.goto("about:blank")
     elsewhere = [url for url in called if "//127.0.0.1" not in url and not url.startswith(("data:", "blob:"))]

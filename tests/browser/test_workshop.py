@@ -34,7 +34,6 @@ def test_from_link_to_link(served, lab, page):
         if number == "04":
             step = re.search(r"stopped at step (\d+) of 400 \(Stop button\)", notebook.text())[1]
             assert f"stopped at step {step}" in (served / "walked/outputs/run_cards/04.json").read_text()
-            assert (served / "walked/checkpoints/final_model/adapter_model.safetensors").is_file()
 
 
 ANSWERS = ".widget-vbox table td"  # of the playground
@@ -91,7 +90,7 @@ HOSTILE = (
     f"\x1b]8;;{NOWHERE}d\x07link\x1b]8;;\x07 </p></td></table></div><style>*{{display:none}}</style>"
 )
 OVERRIDES = "{{data: {folder}, max_new_tokens: 32, max_length: 512, tokens_per_batch: 2048}}"
-FORCE = f"""
+FORCE = f"""  # tokens in 02, answers in 04 and 05
 import transformers
 transformers.PreTrainedTokenizerBase.decode = lambda *_, **__: {HOSTILE!r}
 """
@@ -115,10 +114,7 @@ def hostile_rows(folder: Path) -> None:
 
 
 def test_hostile_rows_and_answers_are_shown_as_text(served, lab, page):
-    """One row or answer could run a script, load a picture (and so tell who reads), or hide the page.
-
-    Whatever the tokenizer decodes is hostile, too: tokens in 02, answers in 04 and 05.
-    """
+    """One row or answer could run a script, load a picture (and so tell who reads), or hide the page."""
     hostile_rows(served / "rows")
     asked = []
     page.on("request", lambda request: asked.append(request.url))
