@@ -141,7 +141,7 @@ class Trainings:
     def start(self, workdir: Path, **job) -> None:
         """Start one training in `workdir`."""
         workdir.mkdir(parents=True, exist_ok=True)
-        phase, self.log = workdir / ".phase", workdir / ".log"
+        phase, self.log = workdir.with_name(".phase"), workdir.with_name(".log")
         phase.write_bytes(bytes(2))
         self.log.write_text("")
         self._phase = shared(phase)
