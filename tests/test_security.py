@@ -109,6 +109,7 @@ def stranger(line: str) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.notebooks
+@pytest.mark.timeout(3000)
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 def test_whole_tutorial_contacts_nobody_and_writes_down_no_secret(project, tmp_path):
     """No component may phone home, not even where no network is there; tokens stay in the environment."""
