@@ -194,12 +194,12 @@ def test_a_signal_reaches_the_kernel_and_is_waited_for(tmp_path, source, signals
 
 def test_the_exit_code_goes_through_twenty_machines(tmp_path, monkeypatch, capsys, smollm2, fiqa_rows):
     """A loop over ssh sees nothing but the exit code; with everything in the cache every line is OK."""
-    assets.minilm_folder()
+    assets.fetch("minilm")
     arguments = ["check", "--offline", "--profile", "laptop", "--workdir", tmp_path]
     assert command(*arguments) == 0 and capsys.readouterr().out.endswith("Ready.\n")
     damaged = tmp_path / "cache" / assets.ASSETS["fiqa_test"].name_in_cache / "test.jsonl"
     damaged.parent.mkdir(parents=True)  # one byte too many: no network would replace it
-    damaged.write_bytes(assets.fiqa_test_file().read_bytes() + b" ")
+    damaged.write_bytes(assets.fetch("fiqa_test").read_bytes() + b" ")
     monkeypatch.setenv("FIQA_CACHE", str(tmp_path / "cache"))
     assert command(*arguments) == 1
     said = capsys.readouterr().out
@@ -246,7 +246,7 @@ def workdir(tmp_path_factory, tiny_tokenizer) -> Path:
     return workspace.root
 
 
-def test_ask_answers_with_both_models_on_any_terminal(workdir, monkeypatch):
+def test_ask_answers_with_both_models_on_any_terminal(workdir, monkeypatch, capsys):
     """The adapter is really off in one; a character that the terminal lacks ended it after minutes."""
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
@@ -260,11 +260,9 @@ def test_ask_answers_with_both_models_on_any_terminal(workdir, monkeypatch):
     for block in blocks:
         base, tuned = block.split("  tuned (")
         assert base.split(":\n", 1)[1].strip() != tuned.split(":\n", 1)[1].strip()
-
-
-def test_a_question_past_the_models_context_is_refused(workdir, capsys, monkeypatch):
-    """transformers goes on with positions that the model has never seen. No weights are loaded first."""
-    monkeypatch.setattr(model, "load_base", lambda *_: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr(
+        model, "load_base", lambda *_: pytest.fail("weights loaded for more than the context")
+    )
     assert command("ask", "--profile", "tiny", "--workdir", workdir, "Why is money " * 5000) == 1
     assert "shorten the question" in capsys.readouterr().err
 
