@@ -36,7 +36,7 @@ help:  ## list these commands
 
 run: env  ## run the whole tutorial without a browser, with progress; ends with a table of results
 	@$(python) -m fiqa_helpers run --profile "$$FIQA_PROFILE" --overrides "$$FIQA_OVERRIDES" \
-		--workdir "$$FIQA_WORKDIR" --only "$$FIQA_ONLY" $(if $(filter-out 0 no false,$(FRESH)),--fresh) $(ARGS)
+		--workdir "$$FIQA_WORKDIR" --only "$$FIQA_ONLY" $(if $(filter-out 0 no false,$(FRESH)),-p on_existing=fresh) $(ARGS)
 
 test: env  ## lint, unit tests, and every notebook executed once, shortened
 	@$(python) -m ruff check .

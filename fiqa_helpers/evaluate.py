@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from fiqa_helpers import metrics
 from fiqa_helpers.base import WorkshopError, atomic_writer, write_card, write_json
-from fiqa_helpers.data import fingerprint, load_with_report, read_processed
+from fiqa_helpers.data import fingerprint, load_fiqa, read_processed
 from fiqa_helpers.generate import GUARD, Answer, generate_answers
 from fiqa_helpers.metrics import METRICS, PRIMARY, Comparison, compare
 from fiqa_helpers.model import kept_run
@@ -68,7 +68,8 @@ def refuse_leak(card: dict, rows: Sequence[dict], workspace: "Workspace") -> str
             "seen, or train it on the hub's training split."
         )
     return (
-        f"None of the {len(rows)} test questions is among the {len(trained)} that the adapter learned from."
+        f"None of the {len(rows)} test questions is among the {len(trained)} training and validation "
+        "questions of this adapter."
     )
 
 
@@ -78,7 +79,7 @@ def training_questions(card: dict, workspace: "Workspace") -> set[str]:
     They are looked for in the workspace and among the packaged rows. Empty when they are not to be found.
     """
     wanted = card.get("definition", {}).get("train_sha256")
-    for load in (lambda: read_processed(workspace.data), lambda: load_with_report("packaged")[0]):
+    for load in (lambda: read_processed(workspace.data), lambda: load_fiqa("packaged")):
         with suppress(WorkshopError):  # no such files here
             splits = load()
             if fingerprint(splits["train"]) == wanted:
@@ -101,7 +102,7 @@ def voice_texts(profile: "Profile") -> tuple[list[str], list[str]]:
         print("Voice is not measured: untuned answers are kept for SmolLM2 and the packaged rows alone.")
         return [], []
     kept = json.loads((kept_run() / "untuned_answers.json").read_text(encoding="utf-8"))
-    people = [row["ground_truths"][0] for row in load_with_report("packaged")[0]["train"]]
+    people = [row["ground_truths"][0] for row in load_fiqa("packaged")["train"]]
     return people, [*kept["plain"], *kept["chat"]]
 
 

@@ -52,17 +52,13 @@ def encode_prompt(question: str, tokenizer: "PreTrainedTokenizerBase", style: st
     end token is spelled out in ordinary tokens.
 
     Raises:
-        WorkshopError: the chat template leaves the question out, or writes it twice.
+        ValueError: the chat template leaves the question out, or writes it twice.
     """
     if style == "plain":
         ids = _spelled(build_prompt(question, style), tokenizer)
     else:
-        parts = build_prompt(_SLOT, style, tokenizer).split(_SLOT)
-        if len(parts) != 2:
-            raise WorkshopError(
-                f"The tokenizer's chat template writes the question {len(parts) - 1} times: use prompt plain."
-            )
-        before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
+        around = build_prompt(_SLOT, style, tokenizer).split(_SLOT)
+        before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in around)
         ids = [*before, *_spelled(question, tokenizer), *after]
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]

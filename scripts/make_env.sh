@@ -43,6 +43,10 @@ complete() {
 # The project itself is installed editable. The environment may be shared by several checkouts, one at a time.
 link_project() {
     [ -f "$linked" ] && [ "$(cat "$linked")" = "$here" ] && return 0
+    if [ ! -w "$venv" ]; then
+        say "$venv is another user's, and linked to $(cat "$linked"): open JupyterLab there."
+        return 0
+    fi
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
     printf '%s\n' "$here" >"$linked"
 }
@@ -89,22 +93,16 @@ build() {
 }
 
 key=$(key)
-if [ "${1:-}" = --key ]; then
-    echo "$key"
-    exit 0
+[ "${1:-}" = --key ] && echo "$key" && exit 0
+# A second user who may read but not write needs no lock where nothing has to be made.
+if ! complete; then
+    if [ -e "$venv" ] && [ ! -w "$venv" ]; then
+        say "$venv is of another state of the project, and not yours to write: make your own with VENV=folder."
+        exit 1
+    fi
+    mkdir -p "$(dirname "$venv")"
+    # Two builds wait for each other; the second finds it complete.
+    command -v flock >/dev/null 2>&1 && exec 9>"$venv.lock" && flock 9
+    complete || build
 fi
-if complete; then
-    link_project
-    exit 0
-fi
-# Two builds of one environment wait for each other; the second finds it complete.
-mkdir -p "$(dirname "$venv")"
-if command -v flock >/dev/null 2>&1; then
-    exec 9>"$venv.lock"
-    flock 9
-fi
-if complete; then
-    link_project
-else
-    build
-fi
+link_project

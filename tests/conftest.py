@@ -22,10 +22,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fiqa_helpers.run.start
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# The same examples in every run, so that `make test` never fails by chance; new ones are tried with
-# `pytest --hypothesis-profile=explore`.
+# The same examples in every run, so that `make test` never fails by chance.
 settings.register_profile("same", deadline=None, derandomize=True, database=None)
-settings.register_profile("explore", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile("same")
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -102,14 +100,14 @@ def one_thread():
 SHORT = "{max_steps: 6, eval_steps: 3, sample_steps: 3, eval_rows: 6, max_new_tokens: 32, batch_size: 4}"
 
 
-def add_solved(notebook: Path) -> None:
-    """Put each exercise's solution and its check once more right behind the reader's own, which is open."""
+def add_solved(notebook: Path, short: bool) -> None:
+    """Put each solution and its check behind the reader's own, which is open; in short, none that trains."""
     solutions = nbformat.read(PROJECT / "notebooks" / "solutions" / notebook.name, 4)
     solved = {cell["id"].split("-")[-1]: cell for cell in solutions.cells if "-solution-" in cell["id"]}
     lesson, cells = nbformat.read(notebook, 4), []
     for cell in lesson.cells:
         cells.append(cell)
-        if "check" in cell.metadata.get("tags", []):
+        if "check" in cell.metadata.get("tags", []) and not (short and cell["id"] == "ex-04-3-check"):
             number = cell["id"].split("-")[2]
             cells += [solved[number], nbformat.from_dict({**cell, "id": f"{cell['id']}-solved"})]
     lesson.cells = cells
@@ -118,11 +116,9 @@ def add_solved(notebook: Path) -> None:
 
 @pytest.fixture(scope="session", params=["short", pytest.param("whole", marks=pytest.mark.slow)])
 def executed(request, tmp_path_factory) -> Path:
-    """Folder with every notebook executed and, beside them, what they wrote (it is their workdir).
+    """Folder with every notebook executed, and their workdir: shortened in `make test`, whole if slow.
 
-    The real model on real rows, once for all tests: shortened in `make test`, and as it is in the slow tier.
-    papermill injects the parameters and nbmake executes: both tools see each notebook, for the cost of one.
-    Exercises are there twice: open, then solved.
+    papermill injects the parameters and nbmake executes. Exercises are there twice: open, then solved.
     """
     import papermill
 
@@ -134,9 +130,9 @@ def executed(request, tmp_path_factory) -> Path:
             values |= {"overrides": SHORT} | ({"rows": 6} if name.startswith("06") else {})
         source, target = PROJECT / "notebooks" / name, folder / name
         papermill.execute_notebook(source, target, values, prepare_only=True, progress_bar=False)
-        add_solved(target)
+        add_solved(target, request.param == "short")
     nbmake = ["pytest", "--nbmake", "--overwrite", "--nbmake-timeout=1800", "-p", "no:cacheprovider", "-q"]
-    command = [sys.executable, "-m", *nbmake, "--durations=0", "--rootdir", str(folder), *files]
+    command = [sys.executable, "-m", *nbmake, "--rootdir", str(folder), *files]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     (folder / "nbmake.log").write_text(run.stdout + run.stderr)
     return folder
@@ -162,8 +158,7 @@ def fiqa_rows() -> list[dict]:
     """The 648 packaged rows: question and ground_truths."""
     from fiqa_helpers.machinery import assets
 
-    lines = assets.fiqa_test_file().read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = map(json.loads, assets.fetch("fiqa_test").read_text(encoding="utf-8").splitlines())
     return [{"question": row["question"], "ground_truths": [row["answer"]]} for row in rows]
 
 

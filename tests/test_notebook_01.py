@@ -17,78 +17,49 @@ HOSTILE = (
 )
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory, project, fiqa_rows):
-    """The notebook on 40 real rows and two hostile ones, the longest and the shortest; training: topical."""
-    folder = tmp_path_factory.mktemp("notebook01")
+def test_rows_of_somebody_else(tmp_path, project, fiqa_rows):
+    """A post runs code or loads a picture; a test reference is cut to its topic; a plot has no words."""
     mine = [
         *fiqa_rows[:40],
         {"question": f"Why? {HOSTILE}", "ground_truths": [f"{HOSTILE} " * 300]},
         {"question": f"How? {HOSTILE}", "ground_truths": ["<script>alert(4)</script>"]},
         {"question": fiqa_rows[0]["question"].upper(), "ground_truths": ["The same question again."]},
     ]
-    (folder / "rows").mkdir()
-    (folder / "rows" / "mine.json").write_text(json.dumps(mine), encoding="utf-8")
-    overrides = f"{{data: {folder / 'rows'}, training: topical}}"
-    parameters = {"profile": "laptop", "overrides": overrides, "workdir": str(folder)}
-    (folder / "parameters.yaml").write_text(json.dumps(parameters))
+    (tmp_path / "mine.json").write_text(json.dumps(mine), encoding="utf-8")
+    overrides = f"{{data: {tmp_path / 'mine.json'}, training: topical}}"
+    parameters = {"profile": "laptop", "overrides": overrides, "workdir": str(tmp_path)}
+    (tmp_path / "parameters.yaml").write_text(json.dumps(parameters))
     command = [sys.executable, "-m", "papermill", str(project / "notebooks" / "01_explore_fiqa.ipynb")]
-    command += [str(folder / "01.ipynb"), "-f", str(folder / "parameters.yaml"), "--no-progress-bar"]
+    command += [str(tmp_path / "01.ipynb"), "-f", str(tmp_path / "parameters.yaml"), "--no-progress-bar"]
     run = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
-    return folder
 
-
-def test_hostile_text_is_shown_as_text(executed):
-    """A forum post must not run code, load a picture, write formulas or turn the line around."""
-    notebook = nbformat.read(executed / "01.ipynb", 4)
-    data = [o["data"] for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
-    pages = "".join(d.get("text/html", "") for d in data)
+    notebook = nbformat.read(tmp_path / "01.ipynb", 4)
+    shown = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs if "data" in o]
+    pages = "".join(o["data"].get("text/html", "") for o in shown)
     assert "&lt;script&gt;alert(1)" in pages and "&lt;script&gt;alert(4)" in pages  # it was shown
     assert "<script>" not in pages and "<img" not in pages
-    assert not [d for d in data if "text/markdown" in d or "text/latex" in d]
+    assert not [o for o in shown if "text/markdown" in o["data"] or "text/latex" in o["data"]]
     everything = json.dumps(notebook.cells, ensure_ascii=False)
     assert "\x1b" not in everything and "\\u001b" not in everything and "\u202e" not in everything
 
-
-def test_repairs_are_in_the_notebook_and_its_card(executed):
-    """What was put right must be read by the person and by the next notebook."""
-    card = json.loads((executed / "outputs" / "run_cards" / "01.json").read_text())
+    card = json.loads((tmp_path / "outputs" / "run_cards" / "01.json").read_text())
     assert card["facts"]["rows"] == {"train": 34, "validation": 4, "test": 4}
-    assert sum(card["facts"]["repairs"]["mine.json"].values()) == 3  # two with control characters
-    text = (executed / "01.ipynb").read_text()
-    assert "Repaired: 1 rows with a question that the split already has" in text
+    assert "34 train, 4 validation, 4 test rows; 1 left out" in card["facts"]["source"]
 
+    pictures = [o for o in shown if "image/png" in o["data"]]
+    assert len(pictures) == 4 and all(len(o["metadata"]["image/png"]["alt"]) > 30 for o in pictures)
 
-def test_training_answers_are_on_their_topic_and_others_whole(executed, fiqa_rows):
-    """A test reference cut to what MiniLM likes would be measured by MiniLM: a gain out of nothing."""
-    written = {row["ground_truths"][0] for row in fiqa_rows}
-    rows = {
-        name: json.loads((executed / "data" / f"{name}_processed.json").read_text())
-        for name in ("train", "val", "test")
-    }
+    names = ("train", "val", "test")
+    rows = {name: json.loads((tmp_path / "data" / f"{name}_processed.json").read_text()) for name in names}
     assert 5 < len(rows["train"]) < 34
-    assert all(row["answer"] == row["ground_truths"][0] for row in rows["train"])
     assert max(len(row["answer"].split()) for row in rows["train"]) <= 120  # no sentence here is longer
-    assert all(len(rows[name]) == 4 for name in ("val", "test"))
-    whole = [row["answer"] for name in ("val", "test") for row in rows[name] if "alert" not in row["answer"]]
-    assert whole and set(whole) <= written
+    whole = {row["ground_truths"][0].strip() for row in mine}
+    assert all(row["answer"] in whole or "alert" in row["answer"] for row in rows["val"] + rows["test"])
+    assert all(row["answer"] == row["ground_truths"][0] for row in rows["train"])
 
 
-def test_plots_are_small_pictures_with_words(executed):
-    """A picture without alternative text says nothing to some readers; megabytes make a slow notebook."""
-    plots = sorted((executed / "outputs" / "plots").glob("01_*.png"))
-    assert len(plots) == 4 and all(plot.stat().st_size < 100_000 for plot in plots)
-    notebook = nbformat.read(executed / "01.ipynb", 4)
-    shown = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
-    pictures = [o for o in shown if "image/png" in o.get("data", {})]
-    assert len(pictures) == 4
-    assert all(len(o["metadata"]["image/png"]["alt"]) > 30 for o in pictures)
-
-
-@pytest.mark.parametrize(
-    "text", ["12 $ 7 % \U0001f4b8", "7", "? !", "\u682a"], ids=["numbers", "one", "signs", "letter"]
-)
+@pytest.mark.parametrize("text", ["12 $ 7 % \U0001f4b8", "7", "\u682a"], ids=["numbers", "one", "letter"])
 def test_rows_without_words_have_groups_too(project, text):
     """A list of tickers, or of numbers, has no word that comes twice: k-means had nothing to weigh."""
     notebook = nbformat.read(project / "notebooks" / "01_explore_fiqa.ipynb", 4)

@@ -1,16 +1,11 @@
-"""Every notebook, executed on the laptop profile: real model, real rows; then what it left is examined.
-
-Once shortened (`make test`), once whole (the slow tier). papermill injects the parameters and nbmake
-executes: both tools see each notebook, at the cost of one run.
-"""
+"""Every notebook, executed on the laptop profile (`executed` in conftest.py), and what it left behind."""
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 
 from fiqa_helpers.profiles import PROFILES
@@ -18,8 +13,7 @@ from fiqa_helpers.profiles import PROFILES
 pytestmark = [pytest.mark.notebooks, pytest.mark.timeout(3000)]
 
 PROJECT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((PROJECT / "notebooks").glob("0?_*.ipynb"))
-NAMES = [path.stem for path in NOTEBOOKS]
+NAMES = sorted(path.stem for path in (PROJECT / "notebooks").glob("0?_*.ipynb"))
 
 
 def read(executed: Path, name: str) -> nbformat.NotebookNode:
@@ -35,19 +29,23 @@ def card(executed: Path, number: str) -> dict:
 
 
 def is_short(executed: Path) -> bool:
-    """Whether this is the shortened run (see `executed` in conftest.py)."""
     return card(executed, "04")["profile"]["max_steps"] < PROFILES["laptop"].max_steps
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_to_its_end(executed, name):
-    """A cell that fails, or is never reached because an earlier one hung, is an error a reader would meet."""
+    """A cell that fails or is never reached; an open exercise that stops a run, or a wrong solution."""
     notebook = read(executed, name)
     errors = [output.evalue for output in outputs(notebook) if output.output_type == "error"]
     assert not errors, errors
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     not_run = [cell.source for cell in code if cell.execution_count is None]
     assert not not_run, f"{(executed / 'nbmake.log').read_text()[-3000:]}\nnot run: {not_run[:1]}"
+    checks = [cell for cell in code if "check" in cell.metadata.get("tags", [])]
+    assert len(checks) >= 4
+    for cell in checks:  # one print may arrive in two outputs
+        said = " ".join("".join(output.text for output in cell.outputs).split())
+        assert ("✓ right" if cell["id"].endswith("-solved") else "not solved yet") in said, said
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,26 +58,10 @@ def test_leaves_a_clean_file_and_its_run_card(executed, name):
     assert not noise, f"a reader can do nothing about: {noise}"
     assert (executed / f"{name}.ipynb").stat().st_size < 1_000_000
     written = card(executed, name[:2])
-    assert written["notebook"] == name
-    assert written["profile"]["name"] == "laptop"
+    assert (written["notebook"], written["profile"]["name"]) == (name, "laptop")
     assert written["seconds"] > 0 and written["peak_memory_gib"] > 0 and written["figure"]
     assert written["versions"]["transformers"] == "5.18.0"
     assert not [file for file in written["files"] if not (executed / file).exists()]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_exercises_open_and_solved(executed, name):
-    """An open exercise must not stop a run, and its solution must be right on what the notebook left."""
-    said = [
-        # one print may arrive in two outputs
-        (cell["id"].endswith("-solved"), " ".join("".join(output.text for output in cell.outputs).split()))
-        for cell in read(executed, name).cells
-        if cell.cell_type == "code" and "check" in cell.metadata.get("tags", [])
-    ]
-    print(*[text for _, text in said], sep="\n")
-    assert len(said) >= 4
-    for solved, text in said:
-        assert ("✓ right" if solved else "not solved yet") in text, text
 
 
 def test_the_laptop_run_fits_its_time_and_memory(executed):
@@ -134,15 +116,13 @@ def test_a_finished_run_is_not_trained_again(executed, tmp_path):
     """Run All a second time must say that the run is finished, and leave the good adapter as it is."""
     adapter = executed / "checkpoints" / "final_model" / "adapter_model.safetensors"
     before = (adapter.read_bytes(), adapter.stat().st_mtime_ns)
-    again, own = tmp_path / "04_again.ipynb", executed / "outputs" / "run_cards" / "04.json"
+    own = executed / "outputs" / "run_cards" / "04.json"
     kept = shutil.copy(own, tmp_path / "04.json")
-    source = PROJECT / "notebooks" / "04_train.ipynb"
-    command = [sys.executable, "-m", "papermill", str(source), str(again), "--no-progress-bar"]
-    for name, value in card(executed, "04")["parameters"].items():
-        command += ["-p", name, value] if name in ("profile", "workdir", "overrides") else []
-    run = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    given = card(executed, "04")["parameters"]
+    values = {name: given[name] for name in ("profile", "workdir", "overrides") if name in given}
+    source, again = PROJECT / "notebooks" / "04_train.ipynb", tmp_path / "04_again.ipynb"
+    notebook = papermill.execute_notebook(source, again, values, cwd=PROJECT, progress_bar=False)
     assert (adapter.read_bytes(), adapter.stat().st_mtime_ns) == before
-    texts = [output.get("data", {}).get("text/plain", "") for output in outputs(nbformat.read(again, 4))]
+    texts = [output.get("data", {}).get("text/plain", "") for output in outputs(notebook)]
     assert any("nothing was trained again" in text for text in texts)
     shutil.copy(kept, own)

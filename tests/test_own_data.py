@@ -9,11 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fiqa_helpers import data
-
 PROJECT = Path(__file__).resolve().parent.parent
 PAGE = PROJECT / "docs" / "your_own_data.md"
-EXAMPLE = PROJECT / "docs" / "examples" / "harbour_lantern.csv"
 
 
 def blocks(language: str) -> list[str]:
@@ -25,13 +22,6 @@ def commands() -> list[list[str]]:
     lines = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
     assert all(words[0] == "python" for words in lines)
     return [[sys.executable, *words[1:]] for words in lines]
-
-
-def test_the_example_needs_no_repair():
-    """A first file that the code has to repair would teach people to expect trouble."""
-    splits, report = data.load_with_report(str(EXAMPLE))
-    assert report.rows == {"train": 32, "validation": 4, "test": 4} and not any(report.repairs.values())
-    assert all(row["ground_truths"][0].endswith("Ask at any lantern desk.") for row in splits["train"])
 
 
 @pytest.mark.slow

@@ -1,19 +1,25 @@
-"""Merging and serving: the merged folder is base and adapter, and a server gives its answers."""
+"""What leaves the workshop: merged it is base and adapter, served it answers as here, its card is true."""
 
 import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from fiqa_helpers import model
 from fiqa_helpers.base import WorkshopError
 from fiqa_helpers.generate import generate_answers
 from fiqa_helpers.machinery import ship
-from fiqa_helpers.profiles import load_profile
+from fiqa_helpers.metrics import compare
+from fiqa_helpers.profiles import PROFILES, load_profile
 from fiqa_helpers.rows import build_prompt, encode_prompt
 
 QUESTIONS = ["What is a bond?", 'Is "5 % a month" <b>safe</b>? Größe: 5 €']
@@ -26,8 +32,6 @@ def tiny(tmp_path_factory, tiny_tokenizer):
     Its generation settings are those that transformers reads and refuses to write: a temperature and no
     do_sample; and it has an end token of its own.
     """
-    from peft import get_peft_model
-
     folder = tmp_path_factory.mktemp("serving")
     base = model.tiny_model(tiny_tokenizer)
     base.save_pretrained(folder / "base")
@@ -52,9 +56,6 @@ def merged(tiny, tmp_path_factory):
 
 def test_merged_is_base_and_adapter(tiny, merged, tiny_tokenizer):
     """A scale forgotten or applied twice gives a model that still writes, only worse; it ends as trained."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     _, folder, adapter = tiny
     assert merged.largest_change < 1e-4 * max(1, merged.logit_spread)
     assert merged.same_top_token == 1.0
@@ -76,27 +77,21 @@ def test_merged_is_base_and_adapter(tiny, merged, tiny_tokenizer):
 
 def test_a_wrong_merge_is_not_kept(tiny, tmp_path, monkeypatch):
     """The comparison must be able to fail: here the merge itself forgets the adapter."""
-    from peft import PeftModel
-
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
     with pytest.raises(WorkshopError, match="not base and adapter.*not kept"):
         ship.merge_adapter(*tiny, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["half", "cut", "another base"])
+@pytest.mark.parametrize("damage", ["half", "another base"])
 def test_an_adapter_that_does_not_fit_is_refused(damage, tiny, smollm2, tmp_path):
     """PEFT leaves out what is missing or doesn't fit: base and "merged" model would be called 100 % equal."""
-    from safetensors.torch import load_file, save_file
-
     profile, base, adapter = tiny
     copy = shutil.copytree(adapter, tmp_path / "adapter")
     weights = copy / "adapter_model.safetensors"
     if damage == "half":
         kept = {name: value for name, value in load_file(weights).items() if "layers.0." in name}
         save_file(kept, weights)
-    elif damage == "cut":
-        weights.write_bytes(weights.read_bytes()[:500])
     else:
         base = str(smollm2)
     with pytest.raises(WorkshopError, match="adapter|made for another model"):
@@ -107,7 +102,6 @@ def test_an_adapter_that_does_not_fit_is_refused(damage, tiny, smollm2, tmp_path
 def test_served_answers_are_the_models(tiny, merged, tiny_tokenizer, tmp_path):
     """Base and tuned from one server: `generate`'s own text; and when the block ends nobody listens."""
     import openai
-    from transformers import AutoModelForCausalLM
 
     answers = {}
     with ship.serving(tmp_path / "serve.log") as url:
@@ -115,25 +109,14 @@ def test_served_answers_are_the_models(tiny, merged, tiny_tokenizer, tmp_path):
         for folder in (tiny[1], str(merged.folder)):
             here = AutoModelForCausalLM.from_pretrained(folder)
             for question in QUESTIONS:  # an endpoint has no guard
-                alone = generate_answers(
-                    here, tiny_tokenizer, [question], "plain", 6, no_repeat_ngram_size=0
-                )[0]
+                plain = generate_answers(here, tiny_tokenizer, [question], "plain", 6, no_repeat_ngram_size=0)
+                alone = plain[0]
                 asked = dict(model=folder, prompt=build_prompt(question), max_tokens=6, temperature=0)
                 found = client.completions.create(**asked).choices[0]
                 assert (found.text.strip(), found.finish_reason == "stop") == (alone.text, alone.stopped)
                 answers[folder, question] = found.text
     assert answers[tiny[1], QUESTIONS[0]] != answers[str(merged.folder), QUESTIONS[0]]
     with pytest.raises(OSError), socket.create_connection(url.split("/")[2].split(":"), timeout=2):
-        pass
-
-
-def test_a_server_that_ends_is_said(tmp_path, monkeypatch):
-    """A package that is missing: the log has the reason."""
-    monkeypatch.setattr(sys, "executable", "false")
-    with (
-        pytest.raises(WorkshopError, match=r"The server was not ready \(code 1\): look at .*serve.log"),
-        ship.serving(tmp_path / "serve.log"),
-    ):
         pass
 
 
@@ -154,8 +137,6 @@ def test_ollama_gives_the_training_prompt(style, tiny_tokenizer):
 @pytest.mark.slow
 def test_gguf_file_is_the_merged_model(smollm2, tmp_path):
     """The printed commands, run as they are: the file's weights and tokens must be the folder's."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     target = tmp_path / "a b" / "model.gguf"
     target.parent.mkdir()
     for line in ship.gguf_lines(smollm2, target, tmp_path / "converter", sys.executable):
@@ -166,8 +147,51 @@ def test_gguf_file_is_the_merged_model(smollm2, tmp_path):
     whole = AutoModelForCausalLM.from_pretrained(smollm2)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     expected = ship.probe_logits(whole, tokenizer, "plain")
-    found = ship.probe_logits(
-        packed, AutoTokenizer.from_pretrained(target.parent, gguf_file=target.name), "plain"
-    )
+    words = AutoTokenizer.from_pretrained(target.parent, gguf_file=target.name)
+    found = ship.probe_logits(packed, words, "plain")
     assert (found - expected).abs().max() < 0.05 * expected.std()
     assert "gguf" not in sys.modules or "converter" not in str(sys.modules["gguf"].__file__)
+
+
+def card_of(folder: Path, profile=PROFILES["laptop"], evaluation=None, merged=False, **changes) -> ModelCard:
+    """The card of a run, as huggingface_hub reads it."""
+    run = {
+        "profile": asdict(profile),
+        "outcome": "finished 24 steps",
+        "versions": {"torch": "2.14.1"},
+    } | changes
+    return ModelCard.load(ship.write_model_card(folder, run, evaluation, merged))
+
+
+def test_a_card_names_base_licence_data_and_prompt(tmp_path):
+    """A wrong licence or base model is a false statement about somebody's work; a path is nobody's model."""
+    card = card_of(tmp_path)
+    assert (card.data.license, card.data.base_model) == ("apache-2.0", ship.SMOLLM2)
+    assert (card.data.base_model_relation, card.data.library_name) == ("adapter", "peft")
+    prompt = build_prompt("{question}")
+    for words in ("test split", "CC-BY-SA-4.0", f"\n{prompt}\n", "rank 8", "has not been evaluated"):
+        assert words in card.text, words
+    card = card_of(tmp_path, PROFILES["gpu80"], merged=True)
+    assert (card.data.license, card.data.base_model_relation) == ("other", "merge")
+    for words in ("NVIDIA Open Model License", "Llama 3.1 Community License", "Built with Llama"):
+        assert words in card.text
+    unfinished = dict(finished=False, outcome="stopped at step 3 of 10")
+    card = card_of(tmp_path, replace(PROFILES["laptop"], model="/models/mine"), **unfinished)
+    assert card.data.base_model is None and "did not finish: stopped at step 3 of 10" in card.text
+
+
+def test_a_card_has_no_metric_without_floor_and_interval(tmp_path):
+    """A bare 0.40 would be read as 40 %."""
+    found = asdict(compare("similarity", [0.4, 0.5, 0.3, 0.45, 0.2], [0.5, 0.5, 0.35, 0.4, 0.3]))
+    floors = {"echo the question": {"similarity": 0.527}}
+    evaluation = {"rows": 5, "test_rows": 100, "comparisons": {"similarity": found}, "floors": floors}
+    text = card_of(tmp_path, evaluation=evaluation).text
+    rows = [row for row in text.splitlines() if "| base |" in row or "| semantic similarity" in row]
+    head, line = ([cell.strip() for cell in row.split("|")] for row in rows)
+    cells = dict(zip(head, line, strict=True))
+    assert [cells["base"], cells["tuned"]] == [f"{found['base']:.3f}", f"{found['tuned']:.3f}"]
+    assert cells["95 % interval"] == f"{found['low']:+.3f} to {found['high']:+.3f}"
+    assert cells["echo the question"] == "0.527" and "5 of 100 test rows" in text
+    del evaluation["floors"]
+    with pytest.raises(KeyError):
+        card_of(tmp_path, evaluation=evaluation)

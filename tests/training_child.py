@@ -141,7 +141,7 @@ def serve() -> None:
 
     run.quiet()
     tokenizer = model.load_tokenizer(profiles.load_profile("tiny"))
-    splits = data.load_with_report("packaged")[0]
+    splits = data.load_fiqa("packaged")
     splits["validation"] = splits["validation"].select(range(6))
     print("ready", flush=True)
     for line in sys.stdin:

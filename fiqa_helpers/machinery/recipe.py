@@ -15,8 +15,8 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -25,7 +25,6 @@ import torch.distributed as dist
 from nemo_automodel.cli import app
 from nemo_automodel.components._peft.lora import apply_lora_to_linear_modules
 from nemo_automodel.components.config._arg_parser import parse_args_and_load_config
-from nemo_automodel.components.distributed.config import FSDP2Config
 from nemo_automodel.recipes._typed_config import RecipeConfig
 from nemo_automodel.recipes.llm.train_ft import TrainFinetuneRecipeForNextTokenPrediction
 from torch.utils.tensorboard import SummaryWriter
@@ -46,10 +45,9 @@ register_packed_attention()  # before a model with `attn_implementation: packed_
 
 def fiqa_rows(tokenizer, folder: str, split: str, rows: int, prompt: str, max_length: int) -> list[Row]:
     """The first `rows` (-1: all) of a split that notebook 01 wrote to `folder`, with shifted labels."""
-    found = data.read_processed(Path(folder))[split]
-    chosen = found.take(len(found) if rows < 0 else min(rows, len(found)))
-    answered = zip(chosen["question"], (truths[0] for truths in chosen["ground_truths"]), strict=True)
-    return [shift(encode(*pair, tokenizer, prompt, max_length)) for pair in answered]
+    chosen = data.read_processed(Path(folder))[split].to_list()[: None if rows < 0 else rows]
+    pairs = ((row["question"], row["ground_truths"][0]) for row in chosen)
+    return [shift(encode(*pair, tokenizer, prompt, max_length)) for pair in pairs]
 
 
 def shift(row: Row) -> Row:
@@ -86,43 +84,17 @@ def unpack(pack: dict[str, object]) -> list[Row]:
     return [{"input_ids": a.tolist(), "labels": b.tolist()} for a, b in zip(ids, labels, strict=True)]
 
 
-def split_pack(pack: dict[str, object], tokens: int) -> list[dict[str, object]]:
-    """A pack of `packed_collate` -> packs of at most `tokens` tokens, as notebook 04 cuts its steps."""
-    return [packed_collate(group) for group in split_rows(unpack(pack), tokens, "packed")]
-
-
-def deal(rows: Sequence[Row], gpus: int) -> list[list[Row]]:
-    """The rows of a step, shared out so that every GPU has about as many tokens as the others.
+def deal(rows: Sequence[Row], gpus: int, tokens: int) -> list[list[list[Row]]]:
+    """The rows of a step -> for each GPU the groups of its passes, of at most `tokens` tokens each.
 
     Sixteen rows can be twice as long as another sixteen, and every GPU waits for the last one. So the longest
     row is dealt first, each to the GPU with the fewest tokens (Graham 1969,
     https://doi.org/10.1137/0117039). The gradient sums over all rows, whoever takes them.
     """
-    lengths = [len(row["input_ids"]) for row in rows]
-    hands: list[list[int]] = [[] for _ in range(gpus)]
-    for place in sorted(range(len(rows)), key=lambda place: -lengths[place]):
-        shortest = min(hands, key=lambda hand: sum(lengths[i] for i in hand))
-        shortest.append(place)
-    return [[rows[place] for place in sorted(hand)] for hand in hands]
-
-
-@contextlib.contextmanager
-def end_all_together() -> Iterator[None]:
-    """End this process at once on an error, so that torchrun ends the others.
-
-    A normal exit waits for NCCL, which waits for the other processes, which wait for this one.
-    """
-    try:
-        yield
-    except Exception:
-        if not (dist.is_initialized() and dist.get_world_size() > 1):
-            raise
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
-
-
-TENSORBOARD = {"loss", "lr", "grad_norm", "tps", "mem", "val_loss"}
+    hands: list[list[Row]] = [[] for _ in range(gpus)]
+    for row in sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True):
+        min(hands, key=lambda hand: sum(len(row["input_ids"]) for row in hand)).append(row)
+    return [split_rows(hand, tokens, "packed") for hand in hands]
 
 
 class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
@@ -133,7 +105,6 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
     process ends all of them.
     """
 
-    @end_all_together()
     def setup(self) -> None:
         super().setup()
         if torch.cuda.is_available():
@@ -147,16 +118,14 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
         rows = [row for batch in batches for row in unpack(batch)]
         everybodys = [rows] * dist.get_world_size()
         dist.all_gather_object(everybodys, rows)
-        hands = deal([row for rows in everybodys for row in rows], dist.get_world_size())
-        groups = [split_rows(hand, self.tokens_per_pass, "packed") for hand in hands]
-        passes = [packed_collate(group) for group in groups[dist.get_rank()]]
+        hands = deal(sum(everybodys, []), dist.get_world_size(), self.tokens_per_pass)
+        passes = [packed_collate(group) for group in hands[dist.get_rank()]]
         # FSDP2 gathers weights in every pass, so all processes make as many: without loss where rows ran out
-        most = max(map(len, groups))
+        most = max(map(len, hands))
         idle = packed_collate([{"input_ids": [0, 0], "labels": [IGNORE_INDEX] * 2}])
         record = super()._run_train_optim_step(passes + [idle] * (most - len(passes)), max_grad_norm)
         # NeMo's own memory would be 0 on a CPU, and leave out what torch has reserved on a GPU
         record.metrics |= {"lr": rate, "passes": most, "mem": peak_memory_gib()}
-        record.metrics["steps"] = self.step_scheduler.max_steps
         return record
 
     def log_train_metrics(self, log_data) -> None:
@@ -170,19 +139,23 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
     def _write(self, group: str, record, logger) -> None:
         if self.boards is not None:
             logger.flush()
-            for name in TENSORBOARD & record.metrics.keys():
+            for name in {"loss", "lr", "grad_norm", "tps", "mem", "val_loss"} & record.metrics.keys():
                 self.boards.add_scalar(f"{group}/{name}", float(record.metrics[name]), record.step + 1)
             self.boards.flush()
 
-    @end_all_together()
     def run_train_validation_loop(self) -> None:
-        super().run_train_validation_loop()
+        try:
+            super().run_train_validation_loop()
+        except Exception:
+            if dist.get_world_size() == 1:
+                raise
+            traceback.print_exc()
+            os._exit(1)  # a normal exit waits for NCCL, which waits for the others, which wait for this one
 
 
 # --- A run checked before it starts.
 
 UNCHECKED = ("", "model", "distributed", "dist_env", "packing")  # NeMo itself refuses keys elsewhere; "": top
-NEMO_KNOWS = {"wandb", "mlflow", *(field.name for field in fields(FSDP2Config))}  # and our file doesn't name
 
 
 def recipe_file() -> Path:
@@ -201,13 +174,12 @@ def check_recipe(changes: Sequence[str] = (), gpus: int = 1, tokenizer=None) -> 
         WorkshopError: a key that NeMo would read past, rows that can't be shared by the GPUs, a layer that is
             not there, a folder that holds a run, data or model missing, or what NeMo itself refuses.
     """
-    nemo_says = io.StringIO()  # NeMo names the file, and prints an error before it raises it
-    try:
-        with contextlib.redirect_stdout(nemo_says), contextlib.redirect_stderr(nemo_says):
+    try:  # NeMo names the file, and prints an error before it raises it
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             config, ours = (parse_args_and_load_config(str(recipe_file()), argv) for argv in ([*changes], []))
             for name in UNCHECKED:
                 found, known = ({*(c.get(name) if name else c).to_dict()} for c in (config, ours))
-                if unknown := found - known - NEMO_KNOWS:
+                if unknown := found - known - {"wandb", "mlflow", "mp_policy"}:
                     said = f"{name or 'The file'} has no {min(unknown)}: it has {', '.join(known)}."
                     raise WorkshopError(said)
             return _build(config, RecipeConfig(config), gpus, tokenizer)
@@ -268,8 +240,7 @@ def follow(process: subprocess.Popen, folder: Path, panel: LivePanel) -> None:
     while going:
         going = process.poll() is None and not panel.stop.wait(0.3)
         panel.history = read_metrics(folder)
-        for row in panel.history:
-            panel.step, panel.total = row["step"], row.get("steps", panel.total)
+        panel.step = max((row["step"] for row in panel.history), default=0)
         panel.show(TRAINING)
 
 
@@ -280,7 +251,7 @@ def read_metrics(folder: Path) -> list[dict]:
     """
     rows: dict[int, dict] = {}
     training = {"loss": "loss", "lr": "learning_rate", "tps": "tokens_per_second", "mem": "memory_gib"}
-    training |= {"steps": "steps", "num_tokens_per_step": "tokens", "passes": "passes"}
+    training |= {"num_tokens_per_step": "tokens", "passes": "passes"}
     for name, columns in (("training", training), ("validation", {"val_loss": "eval_loss"})):
         file = folder / f"{name}.jsonl"
         for line in file.read_text().split("\n")[:-1] if file.exists() else []:
@@ -299,7 +270,8 @@ def run_recipe(changes: Sequence[str], panel: LivePanel, gpus: int = 1) -> Path:
     Raises:
         WorkshopError: what `check_recipe` refuses, before any process starts; or the run failed.
     """
-    folder = check_recipe(changes, gpus)["folder"]
+    report = check_recipe(changes, gpus)
+    folder, panel.total = report["folder"], report["steps"]
     folder.mkdir(parents=True, exist_ok=True)
     # torchrun's own choice is one thread
     environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() // gpus or 1), "TQDM_DISABLE": "1"}
@@ -309,7 +281,6 @@ def run_recipe(changes: Sequence[str], panel: LivePanel, gpus: int = 1) -> Path:
         process = subprocess.Popen(launch(changes, gpus), **options)
         try:
             follow(process, folder, panel)
-            panel.stopped = "Stop button" if process.poll() is None else None
         finally:
             process.send_signal(signal.SIGTERM)  # does nothing to one that has ended
             process.wait(90)  # torchrun itself kills, after 30 s, a process that doesn't save and end
@@ -327,20 +298,14 @@ def end_with_parent() -> None:
 
 def why_it_failed(log: Path) -> str:
     """One sentence: the error that came first in the log, which is seldom in its last line."""
-    pattern = r"^(?:\[rank\d+\]:\s*)?(?:\w+\.)*(\w+(?:Error|Exception)): (.+)$"
-    found = re.findall(pattern, log.read_text(errors="replace"), re.MULTILINE)
-    causes = (pair for pair in found if pair[0] != "ChildFailedError")
-    kind, reason = next(causes, ("killed", "no error in its log"))
-    less = "halve --packing.tokens_per_pass or set --distributed.activation_checkpointing=true; "
-    remedy = less if kind == "OutOfMemoryError" else ""
+    # torchrun's own ChildFailedError says nothing
+    pattern = r"^(?:\[rank\d+\]:\s*)?(?:\w+\.)*(?!ChildFailed)(\w+(?:Error|Exception)): (.+)$"
+    found = re.search(pattern, log.read_text(errors="replace"), re.MULTILINE)
+    kind, reason = found.groups() if found else ("killed", "no error in its log")
+    remedy = "halve --packing.tokens_per_pass; " if kind == "OutOfMemoryError" else ""
     return f"The recipe failed ({kind}: {reason[:300].rstrip('.')}): {remedy}look at {log}."
 
 
-def main() -> int:
-    """NeMo's command line where there is no GPU: what it asks CUDA while it loads a model is answered."""
+if __name__ == "__main__":  # where there is no GPU: what NeMo asks CUDA while it loads a model is answered
     with model.nemo_on_cpu(), mock.patch.object(torch.cuda, "reset_peak_memory_stats", lambda *_: None):
-        return app.main() or 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        sys.exit(app.main())

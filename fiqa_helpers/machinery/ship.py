@@ -12,17 +12,17 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from fiqa_helpers import model
 from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.metrics import table
+from fiqa_helpers.profiles import Profile
 from fiqa_helpers.rows import build_prompt, encode_prompt
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from fiqa_helpers.profiles import Profile
 
 # --- An adapter written into its base model: a plain Hugging Face folder that any server loads, compared.
 
@@ -40,13 +40,12 @@ class Merged:
 
     def __str__(self) -> str:
         return (
-            f"{self.folder.name}: logits differ from adapter-on-base by at most {self.largest_change:.2g} "
-            f"(they spread by {self.logit_spread:.2g}); {self.same_top_token:.1%} of the positions have the "
-            "same likeliest token"
+            f"logits differ from adapter-on-base by at most {self.largest_change:.2g} (their spread: "
+            f"{self.logit_spread:.2g}); {self.same_top_token:.1%} of the likeliest tokens are the same"
         )
 
 
-def merge_adapter(profile: "Profile", base: str, adapter: Path, target: Path) -> Merged:
+def merge_adapter(profile: Profile, base: str, adapter: Path, target: Path) -> Merged:
     """Write `base` (hub id or folder) and `adapter` as one model to `target`, load it again and compare.
 
     The tokenizer goes with it. Generation settings are those that were trained and evaluated: greedy, ended
@@ -55,9 +54,6 @@ def merge_adapter(profile: "Profile", base: str, adapter: Path, target: Path) ->
     Raises:
         WorkshopError: half an adapter, or one of another base model; or the merged model answers differently.
     """
-    from peft import PeftModel
-    from transformers import AutoConfig, GenerationConfig
-
     model.check_fit(adapter, AutoConfig.from_pretrained(base))
     tokenizer = model.load_tokenizer(profile)
     tuned = PeftModel.from_pretrained(plain_model(profile, base), str(adapter)).eval()
@@ -82,10 +78,8 @@ def merge_adapter(profile: "Profile", base: str, adapter: Path, target: Path) ->
     return report
 
 
-def plain_model(profile: "Profile", name: str) -> "PreTrainedModel":
+def plain_model(profile: Profile, name: str) -> PreTrainedModel:
     """The model by transformers alone, in memory once: as whoever gets the folder will load it."""
-    from transformers import AutoModelForCausalLM
-
     model.free_memory()
     settings = {"dtype": profile.dtype, "revision": profile.model_revision}  # a folder has no revisions
     with model.refuse_missing_weights():
@@ -93,10 +87,8 @@ def plain_model(profile: "Profile", name: str) -> "PreTrainedModel":
     return loaded.to(profile.device).eval()
 
 
-def probe_logits(tuned: "PreTrainedModel", tokenizer, style: str) -> "torch.Tensor":
+def probe_logits(tuned: PreTrainedModel, tokenizer, style: str) -> torch.Tensor:
     """Logits in fp32 on the CPU, (positions, vocabulary), over the prompts of some questions."""
-    import torch
-
     prompts = [torch.tensor([encode_prompt(text, tokenizer, style)]).to(tuned.device) for text in PROBES]
     with torch.no_grad():
         found = [tuned(input_ids=ids, use_cache=False).logits[0].float().cpu() for ids in prompts]
@@ -109,7 +101,7 @@ HOST = "127.0.0.1"  # this machine only: the server asks nobody for a password
 
 
 @contextlib.contextmanager
-def serving(log: Path, seconds: float = 180) -> Iterator[str]:
+def serving(log: Path) -> Iterator[str]:
     """`transformers serve` on a free port of this machine for as long as the block lasts; yields its URL.
 
     The URL ends in /v1. The server loads the folder that a request names as its model.
@@ -120,33 +112,26 @@ def serving(log: Path, seconds: float = 180) -> Iterator[str]:
     with socket.socket() as free:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
+    address = f"http://{HOST}:{port}"
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--host", HOST]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}  # a request must not make it download a model
     with log.open("wb") as out:
         process = subprocess.Popen([*command, "--port", str(port)], stdout=out, stderr=out, env=environment)
-        try:
-            ends = time.monotonic() + seconds
-            while not answers(f"http://{HOST}:{port}/health"):
-                if process.poll() is not None or time.monotonic() > ends:
-                    code = process.returncode
-                    raise WorkshopError(f"The server was not ready (code {code}): look at {log}.")
-                time.sleep(0.3)
-            yield f"http://{HOST}:{port}/v1"
-        finally:
-            process.kill()  # it has nothing to save
-            process.wait()
-
-
-def answers(url: str) -> bool:
-    """Does anybody answer there?"""
     try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except OSError:
-        return False
+        ends = time.monotonic() + 180
+        while process.poll() is None and time.monotonic() < ends:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+                break
+            time.sleep(0.3)
+        else:
+            raise WorkshopError(f"The server was not ready: look at {log}.")
+        yield f"{address}/v1"
+    finally:
+        process.kill()  # it has nothing to save
+        process.wait()
 
 
-def prompt_text(question: str, tokenizer: "PreTrainedTokenizerBase", style: str = "plain") -> str:
+def prompt_text(question: str, tokenizer, style: str = "plain") -> str:
     """The prompt as a server wants it: without the BOS token, where the tokenizer adds it by itself."""
     text = build_prompt(question, style, tokenizer)
     adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
@@ -165,7 +150,7 @@ def gguf_lines(merged: Path, target: Path, converter: Path, python: str = "pytho
     return [fetch, f"PYTHONPATH={folder} {convert}"]
 
 
-def modelfile(gguf: Path, tokenizer: "PreTrainedTokenizerBase", style: str = "plain") -> str:
+def modelfile(gguf: Path, tokenizer, style: str = "plain") -> str:
     """A Modelfile for Ollama; its TEMPLATE is exactly the prompt of the training (llama.cpp adds the BOS)."""
     template = prompt_text("{{ .Prompt }}", tokenizer, style)
     return f'FROM {gguf}\nTEMPLATE """{template}"""\nPARAMETER temperature 0\nPARAMETER num_predict 512\n'
@@ -176,19 +161,13 @@ def modelfile(gguf: Path, tokenizer: "PreTrainedTokenizerBase", style: str = "pl
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the packaged model
 
 
-def write_model_card(
-    folder: Path, run_card: dict, evaluation: dict | None = None, merged: bool = False
-) -> Path:
+def write_model_card(folder: Path, run_card: dict, evaluation: dict | None, merged: bool = False) -> Path:
     """Write `folder/README.md`, a Hugging Face model card; returns its path.
 
     `run_card` is notebook 04's final_model/run_card.json, `evaluation` notebook 06's
     outputs/evaluation/summary.json. A metric stands only with its floors and its interval; without an
     evaluation the card says so. Base models, licences and words are in the template, model_card.md.j2.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
-    from fiqa_helpers.metrics import table
-
     profile = run_card["profile"]
     base = {"packaged": SMOLLM2, "random": None}.get(profile["model"], profile["model"])
     front = ModelCardData(

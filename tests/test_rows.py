@@ -1,35 +1,32 @@
-"""Prompts, loss mask and end token, for any text in both styles."""
+"""Prompts, loss mask and end token for any text in both styles; micro-batches that lose no row."""
 
 import re
-from collections import Counter
 
 import pytest
+import torch
+from datasets import Dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from llama3_like import llama3_like
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fiqa_helpers.base import WorkshopError
-from fiqa_helpers.data import clean_rows
 from fiqa_helpers.profiles import load_profile
-from fiqa_helpers.rows import IGNORE_INDEX, SYSTEM_TEXT, build_prompt, encode, encode_prompt, encode_rows
+from fiqa_helpers.rows import (
+    IGNORE_INDEX,
+    SYSTEM_TEXT,
+    StepCollator,
+    build_prompt,
+    encode,
+    encode_prompt,
+    encode_rows,
+    split_rows,
+)
 
 QUESTION = "How do I report a stock split on my tax return?"
 SPECIAL = (
     *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<empty_output>", "<reponame>", "<|begin_of_text|>"),
-    *("<|eot_id|>", "<|finetune_right_pad_id|>", "<|start_header_id|>", "<s>", "</s>", "[INST]"),
-    *(
-        "Answer:",
-        "Question:",
-        "\n\n",
-        " ",
-        "\u241f question \u241f",
-        "\u200b",
-        "\u202e",
-        "\x00",
-        "é",
-        "👩‍👩‍👧",
-    ),
+    *("<|eot_id|>", "<|finetune_right_pad_id|>", "<|start_header_id|>", "<s>", "</s>", "[INST]", "Answer:"),
+    *("Question:", "\n\n", " ", "\u241f question \u241f", "\u200b", "\u202e", "\x00", "é", "👩‍👩‍👧"),
 )
 # What SmolLM2's vocabulary cannot spell: six control characters, which loading removes from the rows, and the
 # planes 4 to 11 of Unicode, in which no character is assigned. Its tokenizer drops them without a word.
@@ -38,6 +35,7 @@ any_text = st.text(st.characters(exclude_categories=("Cs",)), max_size=40)
 hostile_text = st.lists(st.sampled_from(SPECIAL) | any_text, max_size=8).map("".join)
 tokenizers = pytest.mark.parametrize("name", ["tiny_tokenizer", "llama3_tokenizer", "nemotron_tokenizer"])
 styles = pytest.mark.parametrize("style", ["plain", "chat"])
+layouts = pytest.mark.parametrize("layout", ["padded", "packed"])
 
 
 def spelled(text: str, tokenizer) -> str:
@@ -85,18 +83,6 @@ def test_any_text_is_masked_and_ended_rightly(request, name, style, question, an
         assert row == {key: values[:n] for key, values in whole.items()}
 
 
-def test_what_smollm2_cannot_spell_is_nothing_that_counts(tiny_tokenizer):
-    """A vocabulary with more gaps than the known ones would lose characters of real answers in silence."""
-    known = set(tiny_tokenizer.get_vocab())
-    missing = {byte for byte, letter in bytes_to_unicode().items() if letter not in known}
-    never_in_utf8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
-    assert missing - never_in_utf8 == {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2}
-    repairs = Counter()
-    text = "".join(map(chr, (0x04, 0x06, 0x13, 0x14, 0x16, 0x1D)))
-    row = {"question": f"a{text}b", "ground_truths": [f"c{text}d"]}
-    assert list(clean_rows([(1, row)], "rows", repairs)) == [{"question": "ab", "ground_truths": ["cd"]}]
-
-
 def test_plain_prompt_is_the_reference_template(tiny_tokenizer):
     """Any drift from the template that the reference run was trained with."""
     row = encode(QUESTION, "On Form 8949.", tiny_tokenizer)
@@ -112,14 +98,10 @@ def test_chat_ids_equal_the_template_of_the_tokenizer(request, name, fiqa_rows):
     """Question and template tokenized apart give other ids than the model saw in its own training."""
     tokenizer = request.getfixturevalue(name)
     for row in fiqa_rows[:200]:
-        turns = [
-            {"role": "system", "content": SYSTEM_TEXT},
-            {"role": "user", "content": row["question"].strip()},
-        ]
-        whole = tokenizer.apply_chat_template(
-            turns, tokenize=True, add_generation_prompt=True, return_dict=False
-        )
-        assert encode_prompt(row["question"].strip(), tokenizer, "chat") == whole
+        question = row["question"].strip()
+        turns = [{"role": "system", "content": SYSTEM_TEXT}, {"role": "user", "content": question}]
+        whole = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        assert encode_prompt(question, tokenizer, "chat") == whole
 
 
 @styles
@@ -157,29 +139,100 @@ def test_a_prompt_that_fills_the_row_is_refused(tiny_tokenizer, style):
         encode(QUESTION, "Yes.", tiny_tokenizer, style, max_length=n)
     row = encode(QUESTION, "Yes, on Form 8949.", tiny_tokenizer, style, max_length=n + 1)
     assert [label for label in row["labels"] if label != IGNORE_INDEX] == row["input_ids"][-1:]
-    assert row["input_ids"][-1] != tiny_tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("times", [0, 2])
-def test_a_chat_template_that_loses_the_question_is_refused(times):
-    """A model trained and asked without a question, or with it twice, and nobody is told."""
-    template = "{% for m in messages %}" + "{{ m['content'] }}" * times + "hello{% endfor %}"
-    with pytest.raises(WorkshopError, match=f"writes the question {times} times: use prompt plain"):
-        encode_prompt(QUESTION, llama3_like(template), "chat")
-
-
-@styles
-def test_rows_of_the_data_set(tiny_tokenizer, fiqa_rows, style):
+def test_rows_of_the_data_set(tiny_tokenizer, fiqa_rows):
     """Columns left over, an earlier tokenizer's cache, a second ground truth used, a row over the limit."""
-    from datasets import Dataset
-
-    chosen = fiqa_rows[:20]
-    rows = Dataset.from_list([{**row, "ground_truths": [*row["ground_truths"], "other"]} for row in chosen])
-    profile = load_profile("tiny", f"{{prompt: {style}, max_length: 128}}")
-    encoded = encode_rows(rows, tiny_tokenizer, profile)
-    assert encoded.column_names == ["input_ids", "labels"] and len(encoded) == 20
-    for row, source in zip(encoded, chosen, strict=True):
-        answer = source["ground_truths"][0]
-        assert row == encode(source["question"], answer, tiny_tokenizer, style, 128)
-        assert len(row["input_ids"]) <= 128
+    two = [row | {"ground_truths": [*row["ground_truths"], "other"]} for row in fiqa_rows[:20]]
+    encoded = encode_rows(
+        Dataset.from_list(two), tiny_tokenizer, load_profile("tiny", "{prompt: chat, max_length: 128}")
+    )
+    assert list(encoded) == [
+        encode(row["question"], row["ground_truths"][0], tiny_tokenizer, "chat", 128) for row in two
+    ]
     assert max(len(row["input_ids"]) for row in encoded) == 128
+
+
+# --- micro-batches
+
+PAD = 9_999
+
+
+@st.composite
+def rows_and_budget(draw):
+    """Rows of distinct ids, each with a masked prompt and one or more answer tokens, and a budget."""
+    lengths = draw(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 40)), min_size=1, max_size=20))
+    rows, first = [], 0
+    for prompt, answer in lengths:
+        ids = list(range(first, first + prompt + answer))
+        rows.append({"input_ids": ids, "labels": [IGNORE_INDEX] * prompt + ids[prompt:]})
+        first += prompt + answer
+    longest = max(len(row["input_ids"]) for row in rows)
+    return rows, draw(st.integers(longest, longest * 6))
+
+
+@layouts
+@given(case=rows_and_budget())
+def test_every_row_in_one_group_and_every_group_in_the_budget(layout, case):
+    """A row lost or trained twice; a pass larger than the memory for it; two packs that could be one."""
+    rows, budget = case
+    groups = split_rows(rows, budget, layout)
+    assert sorted(row["input_ids"][0] for group in groups for row in group) == sorted(
+        row["input_ids"][0] for row in rows
+    )
+    lengths = [[len(row["input_ids"]) for row in group] for group in groups]
+    sizes = sorted(len(n) * max(n) if layout == "padded" else sum(n) for n in lengths)
+    assert sizes[-1] <= budget
+    assert layout == "padded" or len(sizes) == 1 or sizes[0] + sizes[1] > budget
+    with pytest.raises(WorkshopError, match="raise tokens_per_batch or lower max_length"):
+        split_rows(rows, max(map(max, lengths)) - 1, layout)
+
+
+@layouts
+@given(case=rows_and_budget())
+def test_collator_keeps_every_token_and_label(layout, case):
+    """Ids, labels, padding or row limits mixed up in a tensor; a wrong count of trained tokens."""
+    rows, budget = case
+    step = StepCollator(PAD, budget, layout)(rows)
+    assert set(step) == {"labels", "micro_batches"}
+    assert step["labels"].dim() == 1 and step["labels"].dtype == torch.int64
+    trained = sum(label != IGNORE_INDEX for row in rows for label in row["labels"])
+    assert int((step["labels"] != IGNORE_INDEX).sum()) == trained
+    found = {}
+    for batch in step["micro_batches"]:
+        assert batch["input_ids"].shape == batch["labels"].shape
+        assert batch["input_ids"].numel() <= budget
+        for ids, labels in unpacked(batch) if layout == "packed" else unpadded(batch):
+            found[ids[0]] = {"input_ids": ids, "labels": labels}
+    assert found == {row["input_ids"][0]: row for row in rows}
+    shifted = [batch["labels"][:, 1:] for batch in step["micro_batches"]]  # as transformers' loss sees them
+    assert sum(int((labels != IGNORE_INDEX).sum()) for labels in shifted) == trained
+
+
+def unpadded(batch: dict) -> list[tuple[list[int], list[int]]]:
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    padding = batch["attention_mask"] == 0
+    assert (batch["input_ids"][padding] == PAD).all() and (batch["labels"][padding] == IGNORE_INDEX).all()
+    assert PAD not in batch["input_ids"][~padding] and PAD not in batch["labels"]
+    lengths = batch["attention_mask"].sum(1).tolist()
+    assert max(lengths) == batch["input_ids"].shape[1]  # no column of padding alone
+    tensors = [batch[key] for key in ("input_ids", "labels", "attention_mask")]
+    rows = []
+    for ids, labels, mask, n in zip(*tensors, lengths, strict=True):
+        assert mask[:n].all()  # padding on the right
+        rows.append((ids[:n].tolist(), labels[:n].tolist()))
+    return rows
+
+
+def unpacked(batch: dict) -> list[tuple[list[int], list[int]]]:
+    assert batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch
+    limits = batch["cu_seq_lens_q"]
+    assert limits.dtype == torch.int32 and limits[0] == 0 and limits[-1] == batch["input_ids"].shape[1]
+    assert torch.equal(limits, batch["cu_seq_lens_k"])
+    assert batch["max_length_q"] == batch["max_length_k"] == int(limits.diff().max())
+    rows = []
+    for start, end in zip(limits[:-1].tolist(), limits[1:].tolist(), strict=True):
+        assert batch["position_ids"][0, start:end].tolist() == list(range(end - start))
+        assert batch["labels"][0, start] == IGNORE_INDEX  # no row is asked for the next one's first token
+        rows.append((batch["input_ids"][0, start:end].tolist(), batch["labels"][0, start:end].tolist()))
+    return rows
