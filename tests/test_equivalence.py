@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_attention import per_row_sdpa
+from test_fast import per_row_sdpa
 from torch.nn import functional
 from transformers import TrainingArguments
 
