@@ -17,7 +17,7 @@ ORDER = [
 # sum -> (code lines that it may have, lines that it has today). The second may only fall: lower it with each
 # landing, until it is the first.
 BUDGET = {
-    "lesson rooms": (1700, 1684),
+    "lesson rooms": (1700, 1681),
     "machinery": (1400, 1355),
     "files": (23, 22),
     "templates": (250, 238),
