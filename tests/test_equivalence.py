@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from test_attention import per_row_sdpa
+from test_fast import per_row_sdpa
 from torch.nn import functional
 from transformers import TrainingArguments
 
