@@ -90,9 +90,9 @@ HOSTILE = (
     f"\x1b]8;;{NOWHERE}d\x07link\x1b]8;;\x07 </p></td></table></div><style>*{{display:none}}</style>"
 )
 OVERRIDES = "{{data: {folder}, max_new_tokens: 32, max_length: 512, tokens_per_batch: 2048}}"
-FORCE = f"""  # tokens in 02, answers in 04 and 05
-import transformers
-transformers.PreTrainedTokenizerBase.decode = lambda *_, **__: {HOSTILE!r}
+FORCE = f"""  # answers, and tokens in 02; a single id in 05 is no text of anybody
+import numpy, transformers
+transformers.PreTrainedTokenizerBase.decode = lambda _, ids, **__: {HOSTILE!r} if numpy.ndim(ids) else "token"
 """
 # Links, pictures, formulas and colours out of the text. JupyterLab makes a link of an address in plain text:
 # one that leads where it says does no harm.
