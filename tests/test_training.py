@@ -4,7 +4,6 @@ What is slow injects faults for real into whole runs, many times or under paperm
 """
 
 import json
-import os
 import pickle
 import random
 import shutil
@@ -79,8 +78,11 @@ def killed_again(trainings, workdir: Path) -> str:
 
 
 def damaged(trainings, workdir: Path) -> str:
-    """The newest checkpoint is damaged: the one before gives the same end."""
-    os.truncate(run_folder(workdir) / "checkpoint-4" / "optimizer.pt", 1000)
+    """One bit of the newest checkpoint is another: the one before gives the same end."""
+    file = run_folder(workdir) / "checkpoint-4" / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 16
+    file.write_bytes(content)
     return "checkpoint-2"
 
 
@@ -243,6 +245,18 @@ def test_pickle_in_a_checkpoint_is_refused(make_trainer, tmp_path, name):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.cuda
+def test_cuda_out_of_memory_gives_advice(make_trainer):
+    """The GPU's own allocator, limited to next to nothing, has another error than the machine's."""
+    trainer = make_trainer(use_cpu=False)
+    torch.cuda.set_per_process_memory_fraction(1e-4)
+    try:
+        with pytest.raises(WorkshopError, match="Memory ran out at step 0: lower tokens_per_batch"):
+            trainer.train()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 # -- whose a folder is
 
 
@@ -272,6 +286,9 @@ def test_run_with_other_settings_is_refused_with_the_difference(tmp_path, monkey
     assert checkpoints.open_run(workspace, smaller, ROWS).resume_from.name == "checkpoint-2"
     monkeypatch.setattr(checkpoints, "SYSTEM_TEXT", "Answer briefly.")
     with pytest.raises(WorkshopError, match=r"\(prompt_sha256 was"):
+        checkpoints.open_run(workspace, TINY, ROWS)
+    (tmp_path / "checkpoints" / "run" / "run.json").unlink()
+    with pytest.raises(WorkshopError, match="learning_rate was None and is now"):
         checkpoints.open_run(workspace, TINY, ROWS)
 
 

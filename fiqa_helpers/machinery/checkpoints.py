@@ -149,7 +149,8 @@ def refuse_other(folder: Path, definition: dict) -> None:
     Raises:
         WorkshopError: with the differences.
     """
-    known = (read_card(folder / "run.json") or {}).get("definition", definition)
+    unknown = {} if steps_of(folder) else definition  # without run.json nobody knows whose checkpoints
+    known = (read_card(folder / "run.json") or {}).get("definition", unknown)
     changed = [key for key in definition if known.get(key) != definition[key]]
     said = "; ".join(f"{key} was {known.get(key)!r} and is now {definition[key]!r}" for key in changed)
     if said:
