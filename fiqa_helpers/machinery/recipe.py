@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -97,6 +97,21 @@ def deal(rows: Sequence[Row], gpus: int, tokens: int) -> list[list[list[Row]]]:
     return [split_rows(hand, tokens, "packed") for hand in hands]
 
 
+@contextlib.contextmanager
+def end_all_together() -> Iterator[None]:
+    """End this process at once on an error, also while it loads a model, so that torchrun ends the others.
+
+    A normal exit waits for NCCL, which waits for the other processes, which wait for this one.
+    """
+    try:
+        yield
+    except Exception:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            raise
+        traceback.print_exc()
+        os._exit(1)
+
+
 class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
     """NeMo's recipe for fine-tuning, with a bound on the tokens of a pass and reports that can be followed.
 
@@ -106,7 +121,8 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
     """
 
     def setup(self) -> None:
-        super().setup()
+        with end_all_together():
+            super().setup()
         if torch.cuda.is_available():
             lighten_norms(self.model_parts[0])
         self.tokens_per_pass = self.cfg.get("packing.tokens_per_pass")
@@ -144,13 +160,8 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
             self.boards.flush()
 
     def run_train_validation_loop(self) -> None:
-        try:
+        with end_all_together():
             super().run_train_validation_loop()
-        except Exception:
-            if dist.get_world_size() == 1:
-                raise
-            traceback.print_exc()
-            os._exit(1)  # a normal exit waits for NCCL, which waits for the others, which wait for this one
 
 
 # --- A run checked before it starts.
