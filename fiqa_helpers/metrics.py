@@ -33,7 +33,7 @@ class Similarity:
 
         from fiqa_helpers.machinery import assets
 
-        self.model = SentenceTransformer(str(folder or assets.minilm_folder()), device=device)
+        self.model = SentenceTransformer(str(folder or assets.fetch("minilm")), device=device)
         self.window = self.model.max_seq_length - 2  # [CLS] and [SEP] take two places
         self._known: dict[str, np.ndarray] = {}
 

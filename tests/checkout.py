@@ -31,12 +31,13 @@ def checkout(folder: Path) -> Path:
     return folder
 
 
+def nothing_set() -> dict[str, str]:
+    """The variables of this process without those of the project and of make."""
+    ours = ("MAKE", "MFLAGS", "FIQA_")
+    return {k: v for k, v in os.environ.items() if k not in HANDED_DOWN and not k.startswith(ours)}
+
+
 def new_shell(folder: Path, **more: str) -> dict[str, str]:
     """The variables of a shell in which the environment of `folder` is active and nothing else was set."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in HANDED_DOWN and not name.startswith(("MAKE", "MFLAGS", "FIQA_"))
-    }
     path = f"{folder / '.venv' / 'bin'}:{os.environ['PATH']}"
-    return kept | {"PATH": path, "PYTHONPATH": str(folder)} | more
+    return nothing_set() | {"PATH": path, "PYTHONPATH": str(folder)} | more

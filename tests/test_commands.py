@@ -111,11 +111,8 @@ def test_values_arrive_and_a_failure_is_a_sentence(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(cli, "project_root", lambda: tmp_path)
     values = "import sys\nprint(repr(overrides), rows)\nprint(workdir)\nprint(sys.executable)"
     fails = f"{SENTENCE}raise WorkshopError('The disk is full: free some.')"
-    sources = {
-        "01_values": (values,),
-        "02_fails": ("print('before')", fails),
-        "03_dies": ("import os; os._exit(9)",),
-    }
+    dies = "import os; os._exit(9)"
+    sources = {"01_values": [values], "02_fails": ["print('before')", fails], "03_dies": [dies]}
     for name, cells in sources.items():
         more = "rows: int = 0  # d\n" if name == "01_values" else ""
         write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", *cells, parameters=PARAMETERS + more)
@@ -137,28 +134,23 @@ def test_values_arrive_and_a_failure_is_a_sentence(tmp_path, monkeypatch, capsys
 
 
 # A kernel that computes, and one that trains: told to stop, it finishes what it is at, and says so.
-COMPUTES = (
-    "import os, pathlib, time\n_ = pathlib.Path({begun!r}).write_text(str(os.getpid()))\ntime.sleep(600)\n"
-)
-TRAINS = (
-    SENTENCE
-    + """import os, pathlib, signal, time
+BEGINS = """import os, pathlib, time
+_ = pathlib.Path(os.environ["BEGUN"]).write_text(str(os.getpid()))
+"""
+COMPUTES = f"{BEGINS}time.sleep(600)"
+TRAINS = f"""{SENTENCE}import signal
 told = []
 _ = signal.signal(signal.SIGTERM, lambda *_: told.append(1))
-_ = pathlib.Path({begun!r}).write_text(str(os.getpid()))
-while not told:
+{BEGINS}while not told:
     time.sleep(0.1)
 time.sleep(1)
 _ = signal.signal(signal.SIGTERM, signal.SIG_DFL)
 raise WorkshopError("Told to stop after step 7: " + str(len(told)))
 """
-)
-RUN = """import pathlib, signal, sys
+RUN = """import pathlib, sys
 from fiqa_helpers import __main__ as cli
-cli.project_root = lambda: pathlib.Path({folder!r})
-if "nohup" in sys.argv:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-cli.main(["run", "--profile", "laptop", "--workdir", {folder!r}])
+cli.project_root = lambda: pathlib.Path(sys.argv[1])
+cli.main(["run", "--profile", "laptop", "--workdir", sys.argv[1]])
 """
 
 
@@ -175,20 +167,17 @@ def wait_until(happened, seconds: float = 120) -> None:
         (TRAINS, [signal.SIGTERM, signal.SIGTERM], 1, "Told to stop after step 7: 1"),
         (TRAINS.replace("sleep(1)", "sleep(600)"), [signal.SIGINT, signal.SIGINT], 130, "`--only 09-`"),
         (COMPUTES, [signal.SIGINT], 130, "`--only 09-` begins with it again."),
-        pytest.param(TRAINS, [signal.SIGINT], 130, "Told to stop after step 7: 1", marks=pytest.mark.slow),
         pytest.param(TRAINS, [signal.SIGHUP], 1, "Told to stop after step 7: 1", marks=pytest.mark.slow),
         pytest.param(COMPUTES.replace("600", "3"), [signal.SIGHUP], 0, "", marks=pytest.mark.slow),  # nohup
     ],
 )
 def test_a_signal_reaches_the_kernel_and_is_waited_for(tmp_path, source, signals, code, said):
-    """papermill alone dies of it and leaves a kernel behind, or one that ends without a checkpoint.
-
-    Whoever logs out on purpose, with nohup, means the run to go on.
-    """
+    """papermill alone dies of it and leaves a kernel behind, or one that ends without a checkpoint."""
     begun = tmp_path / "begun"
-    write_notebook(tmp_path / "notebooks" / "09_long.ipynb", source.replace("{begun!r}", repr(str(begun))))
-    command = [sys.executable, "-c", RUN.format(folder=str(tmp_path)), "" if code else "nohup"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    write_notebook(tmp_path / "notebooks" / "09_long.ipynb", source)
+    command = [*(() if code else ("nohup",)), sys.executable, "-c", RUN, tmp_path]
+    shell = {"env": os.environ | {"BEGUN": str(begun)}, "start_new_session": True}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **shell) as process:
         wait_until(lambda: begun.exists() and begun.read_text())
         kernel = int(begun.read_text())
         for number in signals:
@@ -205,12 +194,12 @@ def test_a_signal_reaches_the_kernel_and_is_waited_for(tmp_path, source, signals
 
 def test_the_exit_code_goes_through_twenty_machines(tmp_path, monkeypatch, capsys, smollm2, fiqa_rows):
     """A loop over ssh sees nothing but the exit code; with everything in the cache every line is OK."""
-    assets.minilm_folder()
+    assets.fetch("minilm")
     arguments = ["check", "--offline", "--profile", "laptop", "--workdir", tmp_path]
     assert command(*arguments) == 0 and capsys.readouterr().out.endswith("Ready.\n")
     damaged = tmp_path / "cache" / assets.ASSETS["fiqa_test"].name_in_cache / "test.jsonl"
     damaged.parent.mkdir(parents=True)  # one byte too many: no network would replace it
-    damaged.write_bytes(assets.fiqa_test_file().read_bytes() + b" ")
+    damaged.write_bytes(assets.fetch("fiqa_test").read_bytes() + b" ")
     monkeypatch.setenv("FIQA_CACHE", str(tmp_path / "cache"))
     assert command(*arguments) == 1
     said = capsys.readouterr().out
@@ -225,33 +214,18 @@ def test_what_is_not_whole_is_not_ready(project, tmp_path, monkeypatch):
     files = {"config.json": "{}", "model.safetensors.index.json": index, shards[0]: "", "rows.csv": rows}
     for name, text in (files | {"wrong.csv": rows.replace("question", "title")}).items():
         (tmp_path / name).write_text(text, "utf-8")
-
     monkeypatch.setattr(checks, "_packages", lambda: (True, ""))  # pip takes seconds
 
     def ready(**changes: str) -> list[bool]:
-        """Whether model and data are, on a machine without a GPU."""
+        """Whether model and data are."""
         profile = replace(PROFILES["gpu80"], **changes)
-        found = {
-            check.name: check for check in checks.checks(Workspace(str(tmp_path)), profile, offline=True)
-        }
-        assert found["GPU"].ok or "take profile laptop" in found["GPU"].remedy
-        return [found["Model"].ok, found["Data"].ok]
+        results = checks.checks(Workspace(str(tmp_path)), profile, offline=True)
+        return [result.ok for result in results if result.name in ("Model", "Data")]
 
     assert ready(model=str(tmp_path), data="wrong.csv") == [False, False]
     (tmp_path / shards[1]).touch()
     assert ready(model=str(tmp_path), data="rows.csv") == [True, True]
     assert not ready(model="nobody/nothing")[0]
-
-
-def test_a_wrong_package_version_is_named(tmp_path, monkeypatch):
-    """A library upgraded by hand explains most strange results. pip finds this one before the real one."""
-    folder = tmp_path / "fiqa_workshop-9.9.dist-info"
-    folder.mkdir()
-    text = "Metadata-Version: 2.1\nName: fiqa-workshop\nVersion: 9.9\nRequires-Dist: peft<0.1\n"
-    (folder / "METADATA").write_text(text)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    fits, found = checks._packages()
-    assert not fits and "peft<0.1, but you have peft" in found
 
 
 # -- ask, compare
@@ -267,13 +241,12 @@ def workdir(tmp_path_factory, tiny_tokenizer) -> Path:
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
             weight.data += 1.0
-    checkpoints.save_final(
-        tuned, tiny_tokenizer, workspace.final_model, profile=asdict(profile), finished=True
-    )
+    card = {"profile": asdict(profile), "finished": True}
+    checkpoints.save_final(tuned, tiny_tokenizer, workspace.final_model, **card)
     return workspace.root
 
 
-def test_ask_answers_with_both_models_on_any_terminal(workdir, monkeypatch):
+def test_ask_answers_with_both_models_on_any_terminal(workdir, monkeypatch, capsys):
     """The adapter is really off in one; a character that the terminal lacks ended it after minutes."""
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
@@ -287,11 +260,9 @@ def test_ask_answers_with_both_models_on_any_terminal(workdir, monkeypatch):
     for block in blocks:
         base, tuned = block.split("  tuned (")
         assert base.split(":\n", 1)[1].strip() != tuned.split(":\n", 1)[1].strip()
-
-
-def test_a_question_past_the_models_context_is_refused(workdir, capsys, monkeypatch):
-    """transformers goes on with positions that the model has never seen. No weights are loaded first."""
-    monkeypatch.setattr(model, "load_base", lambda *_: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr(
+        model, "load_base", lambda *_: pytest.fail("weights loaded for more than the context")
+    )
     assert command("ask", "--profile", "tiny", "--workdir", workdir, "Why is money " * 5000) == 1
     assert "shorten the question" in capsys.readouterr().err
 

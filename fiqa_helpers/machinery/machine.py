@@ -6,10 +6,8 @@ import os
 import platform
 import re
 import resource
-import shutil
 import sys
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 
 # --- What this machine is.
@@ -71,12 +69,11 @@ def peak_memory_gib() -> float:
     if torch is not None and torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved() / GIB
     peak = re.search(r"^VmHWM:\s*(\d+) kB", _read("/proc/self/status"), re.MULTILINE)
-    if peak:  # ru_maxrss would count what the parent process held when it started this one
-        return int(peak[1]) * 1024 / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB  # bytes on a Mac
+    # Else, on a Mac, in bytes; on Linux this would count what the parent process held at the start.
+    own = int(peak[1]) * 1024 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return own / GIB
 
 
-@cache
 def cpu_name() -> str:
     """Model of the CPU as the kernel names it."""
     model = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
@@ -84,7 +81,7 @@ def cpu_name() -> str:
 
 
 def describe() -> dict:
-    """This machine as a run card keeps it. Memory and disk in GiB; `gpu` is a dict, or None without one."""
+    """This machine as a run card keeps it. Memory in GiB; `gpu` is a dict, or None without one."""
     card = gpu()
     return {
         "system": platform.platform(terse=True),  # names WSL2, too
@@ -92,7 +89,6 @@ def describe() -> dict:
         "cpu": cpu_name(),
         "cores": cpu_cores(),
         "ram_gib": round(ram_gib(), 1),
-        "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / GIB, 1),
         "gpu": asdict(card) if card else None,
     }
 

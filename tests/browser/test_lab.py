@@ -2,8 +2,12 @@
 
 import contextlib
 import secrets
+import urllib.error
+import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import psutil
 import pytest
 from browser import READY, SHOTS, free_port, server
 from checkout import PROJECT, checkout, new_shell
@@ -44,6 +48,11 @@ def test_it_opens_on_the_first_notebook_with_its_contents(tmp_path_factory, page
     called = []
     page.on("request", lambda request: called.append(request.url))
     with make_lab(tmp_path_factory) as (address, folder, home):
+        with pytest.raises(urllib.error.HTTPError, match="403"):  # without its token
+            urllib.request.urlopen(address.replace("/?token=", "/api/contents?token=no"))
+        port = urlsplit(address).port
+        listening = {place.laddr for place in psutil.net_connections() if place.status == "LISTEN"}
+        assert [place.ip for place in listening if place.port == port] == ["127.0.0.1"]
         open_page(page, address)
         where = page.evaluate("() => jupyterapp.shell.currentWidget.context.path")
         assert where == "notebooks/00_start_here.ipynb"
