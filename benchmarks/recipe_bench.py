@@ -163,7 +163,7 @@ def real_rows(args: argparse.Namespace, output: Path, gpus: int) -> list[str]:
     """Behind the recipe for a run of `agree`."""
     profile = smollm2(args)
     changes = behind(profile.model, output, gpus, profile.batch_size, profile.max_steps)
-    changes += [f"--{name}.folder={args.folder / 'fiqa'}" for name in ("dataset", "validation_dataset")]
+    changes += [f"--{name}.folder={args.folder}" for name in ("dataset", "validation_dataset")]
     return [*changes, f"--validation_dataset.rows={profile.eval_rows}"]
 
 
@@ -189,7 +189,7 @@ def agree(args: argparse.Namespace) -> None:
 def notebook(args: argparse.Namespace) -> dict:
     """Notebook 04's trainer on the rows of `agree`, which it writes, on one GPU."""
     profile, splits = smollm2(args), data.load_fiqa("packaged")
-    data.write_processed(splits, args.folder / "fiqa")
+    data.write_processed(splits, args.folder)
     tokenizer = model.load_tokenizer(profile)
     held_out = splits["validation"].take(profile.eval_rows)
     encoded = [encode_rows(split, tokenizer, profile) for split in (splits["train"], held_out)]
