@@ -18,10 +18,10 @@ ORDER = [
 # landing, until it is the first.
 BUDGET = {
     "lesson rooms": (1700, 1681),
-    "machinery": (1400, 1334),
+    "machinery": (1400, 1346),
     "files": (23, 22),
     "templates": (250, 234),
-    "tests": (7000, 6928),
+    "tests": (7000, 6930),
     "benchmarks": (950, 1235),
     "scripts": (450, 449),
 }
