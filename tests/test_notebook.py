@@ -167,6 +167,6 @@ def test_interactive_is_a_person_at_a_live_frontend(live):
 
 
 def test_a_lock_may_be_taken_by_a_second_user(tmp_path):
-    """Permission denied on the lock of a shared folder. (Two processes: tests/test_checkpoints.py.)"""
+    """Permission denied on the lock of a shared folder. (Two processes: tests/test_training.py.)"""
     with base.locked(tmp_path / "a.lock"):
         assert (tmp_path / "a.lock").stat().st_mode & 0o777 == 0o666
