@@ -20,6 +20,7 @@ html_theme = "furo"
 html_title = project
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
+html_favicon = "_static/icon.svg"
 html_math_renderer = "mathml"
 html_copy_source = False
 html_show_sourcelink = False

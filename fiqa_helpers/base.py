@@ -11,7 +11,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -47,11 +46,6 @@ def is_interactive() -> bool:
         return get_ipython().kernel.get_parent()["content"]["allow_stdin"]
     except (AttributeError, LookupError):  # a terminal, a script, pytest
         return False
-
-
-def say(text: str) -> None:
-    """A line for the person who waits: on stderr; in a notebook, where that looks like a fault, on stdout."""
-    print(text, file=sys.stdout if "ipykernel" in sys.modules else sys.stderr, flush=True)
 
 
 # --- Where things are: the project, the folders that a run writes to, the cache of packaged assets.
@@ -94,10 +88,7 @@ def writable_folder(folder: Path, setting: str) -> Path:
 
 def _folder(name: str) -> property:
     """A folder of the workspace: made when it is first asked for."""
-    setting = "the parameter workdir"
-    return property(
-        lambda self: writable_folder(self.root / name, setting), doc=f"`{name}` in the workspace."
-    )
+    return property(lambda self: writable_folder(self.root / name, "the parameter workdir"))
 
 
 class Workspace:
@@ -194,8 +185,7 @@ def digest(path: Path) -> str:
 # on.
 
 # Of these the version decides a result.
-PACKAGES = ["torch", "transformers", "peft", "datasets", "nemo-automodel", "nemo-evaluator"]
-PACKAGES += ["liger-kernel", "triton"]  # not on every system
+PACKAGES = ("torch", "transformers", "peft", "datasets", "nemo-automodel", "nemo-evaluator")
 
 
 def write_card(path: Path, **content: object) -> dict:
@@ -220,19 +210,14 @@ def read_card(path: Path) -> dict | None:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of `PACKAGES`; one that is not installed is left out."""
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+    """Installed versions of `PACKAGES`."""
+    return {package: metadata.version(package) for package in PACKAGES}
 
 
 def git_revision() -> str:
     """Short commit of the working folder, `+` when it holds changes; "unknown" outside a clone."""
     here = shlex.quote(str(Path(__file__).parent))
-    describe = "describe --always --dirty=+ --abbrev=12 --exclude='*'"
-    status, said = subprocess.getstatusoutput(f"git -C {here} {describe}")
+    status, said = subprocess.getstatusoutput(f"git -C {here} describe --always --dirty=+ --exclude='*'")
     return said if status == 0 else "unknown"
 
 

@@ -1,4 +1,4 @@
-"""The evaluation of notebook 06: tuned against untuned on the same rows, scored, tabulated and drawn.
+"""The evaluation of notebook 06: tuned against untuned on the same rows, scored and compared.
 
 The floors, answers that any model should beat, are scored here too (`score_floors`), by the same metrics.
 """
@@ -25,7 +25,6 @@ from fiqa_helpers.rows import build_prompt, encode, pack_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from matplotlib.figure import Figure
     from nemo_evaluator import EvalEnvironment, SeedResult, Solver, SolveResult
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -67,10 +66,7 @@ def refuse_leak(card: dict, rows: Sequence[dict], workspace: "Workspace") -> str
             f"{shared[0][:60]!r}), so its figures would mean nothing: take rows that it has not "
             "seen, or train it on the hub's training split."
         )
-    return (
-        f"None of the {len(rows)} test questions is among the {len(trained)} training and validation "
-        "questions of this adapter."
-    )
+    return f"None of the {len(rows)} test rows is among its {len(trained)} training and validation questions."
 
 
 def training_questions(card: dict, workspace: "Workspace") -> set[str]:
@@ -382,30 +378,3 @@ def save_evaluation(
     about["comparisons"] = {name: asdict(found) for name, found in comparisons.items()}
     write_card(summary, **about)
     return [samples, summary]
-
-
-def draw_differences(base: Evaluated, tuned: Evaluated, found: Comparison) -> tuple["Figure", str]:
-    """Every row's paired difference as a dot, their mean and its interval: (figure, alternative text)."""
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    values = np.sort(np.array(tuned.values(found.metric)) - np.array(base.values(found.metric)))
-    title, below = METRICS[found.metric].title, -0.1 * len(values)
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")  # outside pyplot, which would show it twice
-    axes = figure.subplots()
-    axes.axvline(0, color="black", linestyle="--", linewidth=1)
-    axes.plot(values, np.arange(len(values)), "o", color="#1f5a94", markersize=5 if len(values) < 200 else 2)
-    axes.plot([found.low, found.high], [below, below], color="#c65d00", linewidth=7, solid_capstyle="butt")
-    axes.plot(found.difference, below, "D", color="black", markersize=6)
-    axes.set_title(f"mean of {found.rows} rows (diamond) and its 95 % interval (bar)", fontsize=9, loc="left")
-    axes.set_ylim(2 * below, len(values))
-    axes.set_yticks([])
-    axes.set_ylabel("a dot for each row, sorted")
-    axes.set_xlabel(f"{title}: tuned minus base (dashed: no difference)")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    alt = (
-        f"{found.rows} paired differences in {title} as sorted dots, from {values[0]:+.3f} to "
-        f"{values[-1]:+.3f}. Their mean is {found.difference:+.3f} with 95 % interval {found.low:+.3f} to "
-        f"{found.high:+.3f}, which {'contains' if found.low <= 0 <= found.high else 'excludes'} zero."
-    )
-    return figure, alt

@@ -1,6 +1,5 @@
 """Answers from a model, each cut at its end token: batched, or as written in notebook 05's playground."""
 
-import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from fiqa_helpers.rows import encode_prompt
 from fiqa_helpers.show import answer_clicks_while_busy, answers, escape
 
 if TYPE_CHECKING:
+    import pandas as pd
     from ipywidgets import VBox
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,65 +108,47 @@ def _answer(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> Answer:
 UNTUNED = "untuned"  # the one name that the classifier of `metrics.train_voice` knows
 
 
-@dataclass(frozen=True)
-class Card:
-    """The beginning of an answer and who gave it."""
-
-    question: str
-    text: str
-    truth: str
-    heard: str  # what the classifier says, with its voice; empty without one
-
-
 def blind_cards(
     questions: Sequence[str],
     answers: Mapping[str, Sequence[str]],
     voice: Callable[[str], float] | None = None,
-    count: int = 10,
     seed: int = 0,
-) -> list[Card]:
-    """`count` of all `answers`, 60 words each, in random order.
+) -> "pd.DataFrame":
+    """Ten of all `answers`, 60 words each, in random order: question, text, truth, and what `voice` gives it.
 
     `answers` holds under each name, `UNTUNED` among them, one answer for each of `questions`.
     """
-    cards = []
-    for name, texts in answers.items():
-        for question, text in zip(questions, texts, strict=True):
-            text = " ".join(text.split()[:60])
-            heard = voice(text) if voice else None
-            said = "" if heard is None else f"{UNTUNED if heard < 0.5 else 'another'} (voice {heard:.2f})"
-            cards.append(Card(question, text, name, said))
-    return random.Random(seed).sample(cards, min(count, len(cards)))
+    import pandas as pd
+
+    cards = pd.DataFrame(answers, index=pd.Index(questions, name="question"))
+    cards = cards.melt(var_name="truth", value_name="text", ignore_index=False).reset_index()
+    cards["text"] = [" ".join(text.split()[:60]) for text in cards["text"]]
+    cards["voice"] = [f"{voice(text):.2f}" if voice else "not measured" for text in cards["text"]]
+    return cards.sample(min(10, len(cards)), random_state=seed, ignore_index=True)
 
 
-def blind_test(cards: Sequence[Card]) -> "VBox":
+def blind_test(cards: "pd.DataFrame") -> "VBox":
     """The cards to guess at, for a person. A guess turns its card and counts; a second one does not."""
     import ipywidgets as w
 
-    names, guesses = sorted({card.truth for card in cards}), {}
+    guesses = {}
 
-    def box(card: Card) -> "VBox":
-        buttons, told = w.ToggleButtons(options=names, value=None), w.HTML()
+    def box(card) -> "VBox":
+        buttons, told = w.ToggleButtons(options=sorted(set(cards["truth"])), value=None), w.HTML()
 
         def turn(change: dict) -> None:
-            guesses.setdefault(card, change["new"])
-            right = sum(card.truth == guess for card, guess in guesses.items())
-            caught = sum(card.heard.startswith(UNTUNED) == (card.truth == UNTUNED) for card in guesses)
-            told.value = f"It is: {card.truth}. You: {right} of {len(guesses)} right."
-            if card.heard:
-                told.value += (
-                    f" The classifier says {card.heard}; {caught} right, as it knows only {UNTUNED}."
-                )
+            guesses.setdefault(card.Index, change["new"] == card.truth)
+            score = f"You: {sum(guesses.values())} of {len(guesses)} right."
+            told.value = f"It is: {card.truth}. {score} Its voice (under 0.5: {UNTUNED}): {card.voice}."
 
         buttons.observe(turn, "value")
         return w.VBox([w.HTML(f"<b>{escape(card.question)}</b><br>{escape(card.text)}"), buttons, told])
 
-    return w.VBox([box(card) for card in cards])
+    return w.VBox([box(card) for card in cards.itertuples()])
 
 
 # --- The playground of notebook 05: ask a question, read the base and the tuned answer as they are written.
 
-EVERY = 0.1  # seconds between two redraws while tokens arrive
 EXAMPLE = "Should I pay off my mortgage early or invest the extra money?"
 
 
@@ -184,7 +166,7 @@ class Playground:
         import ipywidgets as w
 
         self.model, self.tokenizer, self.style = model, tokenizer, profile.prompt
-        self.worker: threading.Thread | None = None
+        self.worker = threading.Thread()
         self.cancel = threading.Event()
         new = profile.max_new_tokens
         self.question = w.Textarea(EXAMPLE, description="Question", rows=2, layout={"width": "100%"})
@@ -197,15 +179,10 @@ class Playground:
         controls.layout.flex_flow = "row wrap"  # half a window or a phone: below one another
         self.box = w.VBox([self.question, controls, self.status, self.answers])
         self.ask.on_click(lambda _: self.start())
-        self.stop.on_click(lambda _: self.halt())
+        self.stop.on_click(lambda _: self.cancel.set())  # ends both after the token at hand
         for widget in (self.question, self.temperature, self.length, self.ask, self.stop):
             answer_clicks_while_busy(widget)
         self._say("Temperature 0 is greedy decoding: the same question gives the same answer.")
-
-    @property
-    def busy(self) -> bool:
-        """Whether answers are being written."""
-        return self.worker is not None and self.worker.is_alive()
 
     def start(self) -> None:
         """Begin to answer in a thread of its own, so that the page and the kernel stay free.
@@ -213,19 +190,14 @@ class Playground:
         The buttons stay enabled and say why nothing happens: a disabled button drops the keyboard's focus.
         """
         question = self.question.value.strip()
-        if self.busy or not question:
-            self._say("Still writing: wait, or press Stop." if self.busy else "Type a question first.")
+        busy = self.worker.is_alive()
+        if busy or not question:
+            self._say("Still writing: wait, or press Stop." if busy else "Type a question first.")
             return
         self.cancel.clear()
         values = (question, self.temperature.value, self.length.value)
         self.worker = threading.Thread(target=self._work, args=values, name="playground", daemon=True)
         self.worker.start()
-
-    def halt(self) -> None:
-        """End both answers after the token at hand."""
-        self.cancel.set()
-        if not self.busy:
-            self._say("Nothing to stop: no answer is being written.")
 
     def _work(self, question: str, temperature: float, length: int) -> None:
         began = time.perf_counter()
@@ -246,14 +218,11 @@ class Playground:
 
     def _each_token(self, question: str, said: dict, name: str):
         """A stopping criterion, which transformers asks after each token: it draws, and says when to stop."""
-        prompt, drawn = len(encode_prompt(question, self.tokenizer, self.style)), 0.0
+        prompt = len(encode_prompt(question, self.tokenizer, self.style))
 
         def after_token(ids, scores, **_):
-            nonlocal drawn
-            if time.perf_counter() - drawn >= EVERY:
-                text = self.tokenizer.decode(ids[0, prompt:], skip_special_tokens=True)
-                self._draw(question, said | {name: text.strip()})
-                drawn = time.perf_counter()
+            text = self.tokenizer.decode(ids[0, prompt:], skip_special_tokens=True)
+            self._draw(question, said | {name: text.strip()})
             return ids.new_full((1,), self.cancel.is_set(), dtype=bool)
 
         return after_token

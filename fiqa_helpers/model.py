@@ -266,10 +266,9 @@ def check_adapter(folder: Path, profile: Profile) -> dict:
             f"There is no adapter in {folder} ({WEIGHTS}, {CARD}; pickled weights are not loaded): {REMEDY}."
         )
     if differing := disagreement(trained, profile):
-        key, there, here = differing
         raise WorkshopError(
-            f"The adapter in {folder} was trained with {key} = {there!r} and this run has {here!r}: "
-            "give this notebook the profile and overrides of notebook 04, or train again."
+            f"The adapter in {folder} was trained by a run with {differing}: give this notebook the profile "
+            "and overrides of notebook 04, or train again."
         )
     check_fit(folder, base_config(profile))
     return card

@@ -99,7 +99,10 @@ def load_profile(profile: str = "auto", overrides: str = "") -> Profile:
     """
     chosen = planned_profile(profile, overrides)
     if chosen.device == "cuda":
-        _refuse_if_impossible(chosen)
+        gpu, config = machine.gpu(), machine.config_of(chosen)
+        problem = _trouble(gpu) or (config and machine.memory_advice(chosen, config, gpu.free_gib))
+        if problem:
+            raise WorkshopError(f"Profile {chosen.name} cannot run here: {problem}. Profile laptop can.")
     return chosen
 
 
@@ -160,11 +163,12 @@ def from_card(settings: dict[str, Any]) -> Profile:
     return Profile(**{name: settings[name] for name in Profile.__dataclass_fields__ if name in settings})
 
 
-def disagreement(settings: dict[str, Any], profile: Profile) -> tuple[str, object, object] | None:
-    """(setting, there, here) of the first of MUST_AGREE in which a card's settings and `profile` differ."""
+def disagreement(settings: dict[str, Any], profile: Profile) -> str:
+    """In which of MUST_AGREE a card's settings and `profile` differ, for a sentence; empty if in none."""
     there = from_card({key: settings[key] for key in MUST_AGREE if key in settings})
-    pairs = ((key, getattr(there, key), getattr(profile, key)) for key in MUST_AGREE)
-    return next((found for found in pairs if found[1] != found[2]), None)
+    pairs = {key: (getattr(there, key), getattr(profile, key)) for key in MUST_AGREE}
+    said = [f"{key} = {old!r} and this one has {new!r}" for key, (old, new) in pairs.items() if old != new]
+    return ", ".join(said)
 
 
 def choose_profile() -> tuple[str, str]:
@@ -184,16 +188,6 @@ def _trouble(gpu: machine.Gpu | None) -> str:
     if gpu is None:
         return "no NVIDIA GPU was found"
     return gpu.problem and f"{gpu.name} cannot be used: {gpu.problem}"
-
-
-def _refuse_if_impossible(profile: Profile) -> None:
-    """A run that this machine's GPU cannot make stops here, with the remedy, before any download."""
-    gpu, config = machine.gpu(), machine.config_of(profile)
-    problem = _trouble(gpu)
-    if config and not problem:
-        problem = machine.memory_advice(profile, config, gpu.free_gib)
-    if problem:
-        raise WorkshopError(f"Profile {profile.name} cannot run here: {problem}. Profile laptop can.")
 
 
 def differences(profile: Profile) -> list[dict[str, object]]:

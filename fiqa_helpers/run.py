@@ -3,7 +3,6 @@
 `Run.finish` puts together what a notebook's run card says; `base.write_card` writes it.
 """
 
-import difflib
 import logging
 import os
 import re
@@ -88,10 +87,8 @@ class Run:
         if not isinstance(there, dict):
             raise WorkshopError(f"Notebook {name} has not been run in {self.workspace.root}: run it first.")
         if differing := disagreement(there, self.profile):
-            key, before, now = differing
             raise WorkshopError(
-                f"Notebook {name} was run with {key} = {before!r} and this one has {now!r}: "
-                "give both the same profile and overrides."
+                f"Notebook {name} was run with {differing}: give both the same profile and overrides."
             )
         return card
 
@@ -114,7 +111,6 @@ class Run:
                 parameters=self.parameters,
                 profile=asdict(self.profile),
                 device=machine.describe(),
-                started=self.started,
                 seconds=round(60 * minutes, 1),
                 peak_memory_gib=peak,
                 figure=figure,
@@ -139,9 +135,7 @@ def check_parameters(namespace: dict) -> dict:
     injected = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters\n")]  # by papermill
     for name in re.findall(r"^(\w+) = ", "\n".join(injected), re.MULTILINE):
         if name not in kinds:
-            near = difflib.get_close_matches(name.lower(), kinds, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"this notebook has {', '.join(kinds)}."
-            raise WorkshopError(f"There is no parameter {name}: {hint}")
+            raise WorkshopError(f"There is no parameter {name}: this notebook has {', '.join(kinds)}.")
     for name, kind in kinds.items():
         value = namespace[name]
         if type(value) is not kind and (kind, type(value)) != (float, int):

@@ -33,9 +33,6 @@ class Shown:
     def _repr_mimebundle_(self, **_: object) -> dict[str, str]:
         return {"text/html": self.html, "text/plain": self.text}
 
-    def __repr__(self) -> str:
-        return self.text
-
 
 class Picture(Shown):
     """A PNG to display, with its alternative text wherever it is shown.
@@ -49,10 +46,8 @@ class Picture(Shown):
         super().__init__(f'<img class="fiqa-picture" {image}>', alt)
 
     def _repr_mimebundle_(self, **_: object) -> tuple[dict, dict]:
-        data = {"image/png": self.png, "text/plain": self.text}
-        if is_interactive():
-            data["text/html"] = self.html
-        return data, {"image/png": {"alt": self.text}}
+        shown = super()._repr_mimebundle_() if is_interactive() else {"text/plain": self.text}
+        return shown | {"image/png": self.png}, {"image/png": {"alt": self.text}}
 
 
 def escape(text: str) -> str:
@@ -70,30 +65,26 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() or sign in "\n\t" else "\ufffd" for sign in text)
 
 
-def tokens(row: Mapping[str, Sequence[int]], tokenizer, hide_first: int = 0) -> Shown:
+def tokens(row: Mapping[str, Sequence[int]], tokenizer) -> Shown:
     """An encoded row (`input_ids`, `labels`) token by token; those that carry loss stand out.
 
     They are bold, underlined and on a ground of their own in HTML, and in [brackets] in text, so nothing
-    depends on colour. `·` is a space that belongs to its token, `↵` a line break. `hide_first` leaves out
-    that many tokens at the start.
+    depends on colour. `·` is a space that belongs to its token, `↵` a line break.
     """
     trained = [label != IGNORE_INDEX for label in row["labels"]]
     caption = f"{sum(trained)} of {len(trained)} tokens carry loss, those"
-    hidden = f" The first {hide_first} tokens are left out here." if hide_first else ""
     marked, plain = [], []
-    for token, carries_loss in list(zip(row["input_ids"], trained, strict=True))[hide_first:]:
+    for token, carries_loss in zip(row["input_ids"], trained, strict=True):
         text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
         text = printable(text.replace("\n", "↵").replace(" ", "·"))
         # <u> survives where style attributes are stripped
         tag, style = ("u", _TRAINED) if carries_loss else ("span", _READ)
         marked.append(f'<{tag} style="{style}">{escape(text)}</{tag}>')
         plain.append(f"[{text}]" if carries_loss else text)
-    page = (
-        f'<p>{caption} <u style="{_TRAINED}">bold and underlined</u>; the others are only read.{hidden}</p>'
-    )
+    page = f'<p>{caption} <u style="{_TRAINED}">bold and underlined</u>; the others are only read.</p>'
     page += f'<p style="{_STRIP}">{"&#8203;".join(marked)}</p>'
     strip = textwrap.fill("".join(plain), _TEXT_WIDTH, break_on_hyphens=False)
-    return Shown(page, f"{caption} in [brackets]; the others are only read.{hidden}\n{strip}")
+    return Shown(page, f"{caption} in [brackets]; the others are only read.\n{strip}")
 
 
 def answers(
@@ -116,9 +107,8 @@ def answers(
         text.append(f"\n{number}. {printable(question)}")
         for name, answer in zip(columns, row, strict=True):
             said, how = (answer, "") if isinstance(answer, str) else (answer.text, f" ({ending(answer)})")
-            body += (
-                f'<td style="{_CELL}">{escape(said) or "<i>(nothing)</i>"}{how and f"<br><i>{how}</i>"}</td>'
-            )
+            note = f"<br><i>{how}</i>" if how else ""
+            body += f'<td style="{_CELL}">{escape(said) or "<i>(nothing)</i>"}{note}</td>'
             lines = textwrap.fill(printable(said) or "(nothing)", _TEXT_WIDTH - 4)
             text.append(f"  {name}{how}:\n{textwrap.indent(lines, '    ')}")
         body += "</tr>"

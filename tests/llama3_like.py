@@ -8,10 +8,7 @@ LLAMA3_TURNS = (
 
 
 def llama3_like(chat_template: str):
-    """A byte-level tokenizer with Llama 3's special tokens and habits: it writes BOS, as may its template.
-
-    A token is a byte, so every text can be told apart and nothing needs to be downloaded.
-    """
+    """A byte-level tokenizer with Llama 3's special tokens and habits: it writes BOS, as may its template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

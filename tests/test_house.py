@@ -17,11 +17,11 @@ ORDER = [
 # sum -> (code lines that it may have, lines that it has today). The second may only fall: lower it with each
 # landing, until it is the first.
 BUDGET = {
-    "lesson rooms": (1700, 1761),
-    "machinery": (1400, 1354),
+    "lesson rooms": (1700, 1681),
+    "machinery": (1400, 1346),
     "files": (23, 22),
-    "templates": (250, 238),
-    "tests": (7000, 8062),
+    "templates": (250, 234),
+    "tests": (7000, 6922),
     "benchmarks": (950, 1235),
     "scripts": (450, 449),
 }

@@ -318,32 +318,26 @@ def test_no_data_set_in_disguise_and_no_machine(fiqa_rows):
     assert not [row for row in fiqa_rows if row["ground_truths"][0][:80] in text]
 
 
-def test_it_stands_in_only_where_notebook_04_was_not_run(tmp_path, capsys):
+def test_it_never_stands_in_for_another_model_data_or_prompt_nor_where_04_was_run(tmp_path, capsys):
     """Somebody's own adapter must never be passed over, not even a broken one."""
     workspace = Workspace(str(tmp_path))
     assert model.adapter_folder(workspace, LAPTOP) == KEPT / "adapter"
     said = capsys.readouterr().out
     assert "Notebook 04 was not run" in said and (KEPT / "label.txt").read_text() in said
+    for change in ({"model": "random"}, {"data": "hub"}, {"prompt": "chat"}):
+        profile = dataclasses.replace(LAPTOP, **change)
+        assert model.adapter_folder(workspace, profile) == workspace.final_model
     workspace.final_model.mkdir()
     assert model.adapter_folder(workspace, LAPTOP) == workspace.final_model
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("change", [{"model": "random"}, {"data": "hub"}, {"prompt": "chat"}])
-def test_it_never_stands_in_for_another_model_data_or_prompt(tmp_path, change):
-    """There the next check says which notebook to run."""
-    workspace, profile = Workspace(str(tmp_path)), dataclasses.replace(LAPTOP, **change)
-    assert model.adapter_folder(workspace, profile) == workspace.final_model
-
-
 def test_the_kept_evaluations_show_what_is_claimed():
-    """Voice moves and answers end; the case study's loss fell further, and its answers loop."""
+    """Voice moves, answers end, each floor loses on one number; the case study's loss fell, and it loops."""
     kept = read_card(KEPT / "kept_evaluation.json")
     tuned, floors = kept["means"]["laptop"], kept["floors"]
-    assert kept["tested"] == 100 and kept["against"]["laptop"]["untuned plain"]["nll"][2] < 0
-    assert tuned["voice"] >= 0.5 and kept["means"]["untuned plain"]["voice"] <= 0.2
-    assert abs(tuned["voice"] - tuned["voice_stop_words"]) <= 0.2 and tuned["stopped"] >= 0.95
-    for name in floors.keys() - {"people"}:  # each floor loses on one number
+    assert kept["means"]["untuned plain"]["voice"] <= 0.2 < 0.5 <= tuned["voice"] and tuned["stopped"] >= 0.95
+    for name in floors.keys() - {"people"}:
         assert any(floors[name][metric] < tuned[metric] for metric in ("similarity", "token_f1_60", "voice"))
     case, good = (read_card(f / "evaluation.json")["comparisons"] for f in (KEPT / "case_study", KEPT))
     assert case["nll"]["difference"] < good["nll"]["difference"] < 0

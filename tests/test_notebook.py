@@ -1,10 +1,9 @@
-"""What every notebook begins and ends with: parameters, errors in one sentence, folders, run cards, quiet."""
+"""What every notebook begins and ends with: parameters, errors in one sentence, folders, run cards."""
 
 import json
 import os
 import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -22,15 +21,6 @@ rate: float = 0.5  # a number
 """
 
 
-def python(code: str, *options: str, **environment: str) -> subprocess.CompletedProcess:
-    """`code` in a process of its own."""
-    command = [sys.executable, *options, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
-
-
-# --- parameters and errors
-
-
 def namespace(injected: str = "") -> dict:
     """What a notebook's globals are after its parameters cell and the cell that papermill injects."""
     scope = {"In": ["", PARAMETERS, f"# Parameters\n{injected}\n"]}
@@ -40,10 +30,8 @@ def namespace(injected: str = "") -> dict:
 
 def test_parameters_are_returned_by_name():
     """A parameter left out of the run card, or one that is none of the notebook's."""
-    expected = {"profile": "laptop", "overrides": "", "workdir": "", "fast": False, "rows": 3, "rate": 0.5}
-    assert check_parameters(namespace()) == expected
-    changed = {"rows": 5, "rate": 1, "fast": True}
-    assert check_parameters(namespace("rows = 5\nrate = 1\nfast = True")) == expected | changed
+    expected = {"profile": "laptop", "overrides": "", "workdir": "", "fast": True, "rows": 5, "rate": 1}
+    assert check_parameters(namespace("rows = 5\nrate = 1\nfast = True")) == expected
     assert check_parameters(namespace('overrides = "{seed: 1}\\nmax_steps = 3"'))["rows"] == 3
 
 
@@ -51,15 +39,9 @@ def test_parameters_are_returned_by_name():
     ("injected", "sentence"),
     [
         ('fast = "false"', r"Parameter fast is 'false': it must be bool \(papermill: pass it with -y or -f"),
-        ("fast = 0", r"Parameter fast is 0: it must be bool\."),
-        ('rows = "3"', r"Parameter rows is '3': it must be int \(papermill"),
-        ("rows = 3.0", r"Parameter rows is 3.0: it must be int\."),
         ("rows = True", r"Parameter rows is True: it must be int\."),
         ("rows = -1", r"Parameter rows is -1: it must be 0 or more\."),
-        ("profile = {'a': 1}", r"Parameter profile is {'a': 1}: it must be str\."),
-        ("fast = 'x' * 10_000_000", r"Parameter fast is 'x{79}: it must"),
-        ("profle = 'laptop'", r"no parameter profle: did you mean profile"),
-        ("zzz = 3", r"no parameter zzz: this notebook has profile, overrides, workdir, fast, rows, rate\."),
+        ("profle = 'laptop'", r"no parameter profle: this notebook has profile, overrides, workdir, fast"),
     ],
 )
 def test_a_wrong_parameter_is_named(injected, sentence):
@@ -70,11 +52,9 @@ def test_a_wrong_parameter_is_named(injected, sentence):
 
 def test_a_python_that_skips_asserts_is_refused():
     """With PYTHONOPTIMIZE each checkpoint of a notebook passes and every exercise is right."""
-    ran = python("from fiqa_helpers.run import start\nstart(globals(), '01')", "-O")
+    code = "from fiqa_helpers.run import start\nstart(globals(), '01')"
+    ran = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 1 and "PYTHONOPTIMIZE (or -O) skips every check" in ran.stderr
-
-
-# --- folders
 
 
 def test_a_workspace_makes_its_folders_on_demand(tmp_path, monkeypatch):
@@ -98,28 +78,6 @@ def test_the_project_is_found_from_wherever_a_runner_starts(project, monkeypatch
         assert project_root() == project and Workspace().root == project
 
 
-@pytest.mark.parametrize("workdir", ["/proc/nowhere", "/dev/null", __file__])
-def test_a_folder_that_cannot_be_is_named(workdir):
-    """NotADirectoryError, four modules away from the parameter that holds it."""
-    with pytest.raises(WorkshopError, match=r"Cannot write to .*: set the parameter workdir to a folder"):
-        _ = Workspace(workdir).data
-
-
-def test_a_read_only_folder_is_refused_at_once(small_disk):
-    """`mkdir(exist_ok=True)` is content with a folder that is there and can't be written to."""
-    place = small_disk("size=64k")
-    (place / "outputs" / "run_cards").mkdir(parents=True)
-    subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
-    for name in ("run_cards", "data"):
-        with pytest.raises(WorkshopError, match=r"Cannot write to "):
-            getattr(Workspace(str(place)), name)
-    with pytest.raises(WorkshopError, match="set FIQA_CACHE to a folder you may write to"):
-        base.writable_folder(place / "cache", "FIQA_CACHE")
-
-
-# --- run cards
-
-
 @pytest.fixture
 def run(tmp_path) -> Run:
     return Run("03", {"profile": "laptop"}, load_profile("laptop"), Workspace(str(tmp_path)))
@@ -138,64 +96,27 @@ def test_a_finished_notebook_leaves_its_card(run, capsys, monkeypatch):
     assert card["files"] == ["outputs/plots/loss.png", "/elsewhere/x"] and card["facts"] == {"loss": 3.19}
     assert card["versions"]["torch"].startswith("2.") and set(card["versions"]) == set(base.PACKAGES)
     assert card["device"]["cores"] >= 1 and card["seconds"] >= 0 and card["peak_memory_gib"] > 0
-    assert card["git_revision"] and card["written"] and card["started"]
+    assert card["git_revision"] and card["written"]
     printed = capsys.readouterr().out
     assert "validation loss 3.37 -> 3.19" in printed and "outputs/run_cards/03.json" in printed
     assert "Profile laptop" in printed  # nobody takes a laptop figure for an 8B one
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", '{"profile": null}', "\x00\x00", '{"profile": 3}'])
-def test_a_missing_or_damaged_card_names_the_notebook_to_run(run, content):
-    """FileNotFoundError: 01.json, or an AttributeError on what a full disk or another program has left."""
-    if content is not None:
+def test_a_damaged_card_names_the_notebook_to_run(run):
+    """An AttributeError on what a full disk or another program has left."""
+    for content in ("\x00", '{"profile": null}'):
         (run.workspace.run_cards / "01.json").write_text(content)
-    with pytest.raises(WorkshopError, match=r"01_explore_fiqa has not been run in .*: run it first\."):
-        run.needs("01")
+        with pytest.raises(WorkshopError, match=r"01_explore_fiqa has not been run in .*: run it first\."):
+            run.needs("01")
 
 
-@pytest.mark.parametrize(
-    "setting", ["model: /other", "model_revision: v2", "data: hub", "prompt: chat", "training: reference"]
-)
-def test_needs_names_what_does_not_fit(run, setting, tmp_path):
+def test_needs_names_what_does_not_fit(run, tmp_path):
     """An adapter of one model loaded into another, an answer judged under another prompt."""
-    key, value = setting.split(": ")
-    other = Run("04", {}, load_profile("laptop", f"{{{setting}}}"), Workspace(str(tmp_path)))
     run.finish("done")
-    with pytest.raises(WorkshopError, match=rf"was run with {key} = .* this one has '{value}'"):
-        other.needs("03")
-
-
-def test_a_card_is_whole_or_old_at_any_moment(tmp_path):
-    """A reader that finds half a file while another notebook writes it."""
-    path = tmp_path / "card.json"
-    base.write_json(path, {"n": -1})
-
-    def write() -> None:
-        for n in range(200):
-            base.write_json(path, {"n": n, "padding": "x" * 50_000})
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    seen = 0
-    while writer.is_alive():
-        assert "n" in base.read_card(path)
-        seen += 1
-    assert seen > 10 and base.read_card(path)["n"] == 199
-    assert [p.name for p in tmp_path.iterdir()] == ["card.json"]
-
-
-def test_a_full_disk_leaves_the_old_card(small_disk):
-    """The card of a good run destroyed by the next one's failure, and forty frames to say so."""
-    place = small_disk("size=64k")
-    run = Run("03", {}, load_profile("laptop"), Workspace(str(place)))
-    run.finish("done")
-    with pytest.raises(WorkshopError, match=r"The disk of .* is full: free some space or set the parameter"):
-        run.finish("done again", text="x" * 200_000)
-    assert run.needs("03")["figure"] == "done"
-    assert [path.name for path in run.workspace.run_cards.iterdir()] == ["03.json"]
-
-
-# --- settings that travel
+    for key, value in (("model", "/other"), ("prompt", "chat"), ("training", "reference")):
+        other = Run("04", {}, load_profile("laptop", f"{{{key}: {value}}}"), Workspace(str(tmp_path)))
+        with pytest.raises(WorkshopError, match=rf"was run with {key} = .* this one has '{value}'"):
+            other.needs("03")
 
 
 def started(number: str, workdir, **more: str) -> Run:
@@ -223,37 +144,8 @@ def test_overrides_travel_no_further_than_meant(tmp_path):
     assert started("02", tmp_path, profile="laptop").profile.max_steps == 24
     started("02", tmp_path, overrides="{}").finish("done")
     assert started("03", tmp_path).profile.max_steps == 4
-    for broken in ("", "[]", '{"profile": null}', '{"profile": {"name": "tiny"}, "parameters": {}}'):
-        (tmp_path / "outputs/run_cards/02.json").write_text(broken)
-        assert started("03", tmp_path).profile.max_steps in (3, 4)
-
-
-# --- quiet, who is there, one lock
-
-
-def test_quiet_hides_chatter_and_shows_errors():
-    """Silence that swallows the one message that explains a failure, or overrules what a person has set."""
-    code = """
-import logging, os, warnings
-from fiqa_helpers.run import quiet
-logging.basicConfig(format="%(message)s")
-quiet()
-for name in ("nemo_automodel.somewhere", "my_own_code"):
-    logging.getLogger(name).warning(f"warning of {name}")
-    logging.getLogger(name).error(f"error of {name}")
-warnings.warn("deprecated", FutureWarning)
-warnings.warn("about your data", UserWarning)
-print(os.environ["TRANSFORMERS_VERBOSITY"], os.environ["HF_HUB_DISABLE_PROGRESS_BARS"])
-"""
-    ran = python(code, TRANSFORMERS_VERBOSITY="debug")
-    said = [line for line in ran.stderr.splitlines() if not line.startswith(" ")]
-    assert [line.rpartition("UserWarning: ")[2] for line in said] == [
-        "error of nemo_automodel.somewhere",
-        "warning of my_own_code",
-        "error of my_own_code",
-        "about your data",
-    ]
-    assert ran.stdout == "debug 1\n"
+    (tmp_path / "outputs/run_cards/02.json").write_text('{"profile": null}')
+    assert started("03", tmp_path).profile.max_steps == 4
 
 
 @pytest.mark.parametrize("live", [True, False])
@@ -261,8 +153,8 @@ def test_interactive_is_a_person_at_a_live_frontend(live):
     """VS Code sets no JPY_SESSION_NAME and showed nothing; a program that inherits it wrote widget state."""
     from jupyter_client.manager import start_new_kernel
 
-    name = {} if live else {"JPY_SESSION_NAME": "/x.ipynb"}
-    manager, client = start_new_kernel(kernel_name="python3", env=os.environ | name)
+    environment = os.environ | ({} if live else {"JPY_SESSION_NAME": "/x.ipynb"})
+    manager, client = start_new_kernel(kernel_name="python3", env=environment)
     try:
         code = "from fiqa_helpers.base import is_interactive\nprint(is_interactive())"
         seen = []
@@ -274,18 +166,7 @@ def test_interactive_is_a_person_at_a_live_frontend(live):
     assert said.strip() == str(live)
 
 
-def test_a_second_process_waits_or_is_refused(tmp_path):
-    """Two downloads into one folder, two trainings of one run."""
-    code = "import sys, time\nfrom pathlib import Path\nfrom fiqa_helpers.base import locked\n"
-    code += "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
-    lock = tmp_path / "a.lock"
-    holder = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(WorkshopError, match="it is in use"), base.locked(lock, busy="it is in use"):
-            pass
-    finally:
-        holder.kill()
-        holder.wait()
-    with base.locked(lock):  # the lock died with its process
-        assert lock.stat().st_mode & 0o777 == 0o666  # a second user of a shared folder may take it, too
+def test_a_lock_may_be_taken_by_a_second_user(tmp_path):
+    """Permission denied on the lock of a shared folder. (Two processes: tests/test_training.py.)"""
+    with base.locked(tmp_path / "a.lock"):
+        assert (tmp_path / "a.lock").stat().st_mode & 0o777 == 0o666

@@ -4,8 +4,6 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fiqa_helpers.base import WorkshopError
 from fiqa_helpers.machinery import machine
@@ -29,31 +27,28 @@ def card(**changes) -> machine.Gpu:
     return machine.Gpu(**values | changes)
 
 
-# --- profiles
-
-
 def test_the_reference_run_is_the_recipe_in_numbers():
     """A constant of the reference recipe changed by accident: nothing could be compared with it any more."""
     assert (REFERENCE.lora_rank, REFERENCE.lora_alpha, REFERENCE.lora_dropout) == (8, 32, 0.05)
     assert REFERENCE.lora_targets == ("q_proj", "k_proj", "v_proj", "o_proj")
     assert (REFERENCE.learning_rate, REFERENCE.warmup_ratio, REFERENCE.epochs) == (2e-4, 0.1, 3)
     assert (REFERENCE.batch_size, REFERENCE.max_length, REFERENCE.prompt) == (16, 2048, "plain")
-    assert (REFERENCE.model, REFERENCE.dtype) == ("nvidia/Llama-3.1-Nemotron-Nano-8B-v1", "bfloat16")
+    assert (REFERENCE.model, REFERENCE.dtype) == (NEMOTRON, "bfloat16")
+    for name in ("gpu24", "gpu80"):
+        assert {row["setting"] for row in differences(PROFILES[name])} <= {"layout", "gradient_checkpointing"}
+    mine = Profile(name="mine", title="x", seed=7, max_steps=3)
+    assert [tuple(row.values()) for row in differences(mine)] == [("max_steps", -1, 3), ("seed", 42, 7)]
 
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_every_profile_passes_its_own_checks(name, monkeypatch):
-    """A profile whose own values overrides refuse or a run card loses; a GPU run of another recipe."""
+    """A profile whose own values overrides refuse or a run card loses, or a banner that hides what ran."""
     profile = PROFILES[name]
     monkeypatch.setattr(machine, "gpu", lambda: card())
     assert load_profile(name, json.dumps({key: asdict(profile)[key] for key in SETTINGS})) == profile
-    assert from_card(json.loads(json.dumps(asdict(profile)))) == profile and profile.name == name
+    assert from_card(json.loads(json.dumps(asdict(profile)))) == profile
     for part in (name, profile.dtype, profile.device, "FiQA"):
         assert part in profile.banner()
-    if name.startswith("gpu"):
-        assert profile.layout == "packed" and NEMOTRON in profile.banner()
-        changed = {row["setting"] for row in differences(profile)}
-        assert changed <= {"layout", "gradient_checkpointing"}
 
 
 def test_cards_of_older_versions_are_still_read():
@@ -62,25 +57,6 @@ def test_cards_of_older_versions_are_still_read():
     read = from_card(old | {"topical_share": 0.5, "lora_targets": ["q_proj"], "learning_rate": 1})
     assert (read.model, read.training, read.lora_targets) == ("packaged", "topical", ("q_proj",))
     assert read.batch_size == REFERENCE.batch_size and read.topical_words == 0
-
-
-def test_differences_name_each_setting_and_no_other():
-    """A table beside the reference run that leaves a difference out, or shows what is no setting."""
-    mine = Profile(name="mine", title="x", seed=7, max_steps=3)
-    assert [tuple(row.values()) for row in differences(mine)] == [("max_steps", -1, 3), ("seed", 42, 7)]
-    laptop = {row["setting"]: (row["reference"], row["here"]) for row in differences(LAPTOP)}
-    assert laptop["model"] == (NEMOTRON, "packaged") and laptop["learning_rate"] == (2e-4, 4e-3)
-
-
-# --- the machine
-
-
-def test_auto_on_this_machine_is_possible_and_explained(capsys):
-    """auto choosing what load_profile then refuses, or choosing without a word."""
-    profile = load_profile("auto")
-    assert capsys.readouterr().out.startswith(f"Profile auto chose {profile.name}: ")
-    assert load_profile(profile.name) == profile
-    assert capsys.readouterr().out == ""  # only auto has something to explain
 
 
 @pytest.mark.parametrize(
@@ -93,21 +69,18 @@ def test_auto_on_this_machine_is_possible_and_explained(capsys):
         (card(problem="it does not compute in bf16"), "laptop", "does not compute in bf16"),
     ],
 )
-def test_auto_takes_the_largest_that_fits_and_says_why(monkeypatch, gpu, name, reason):
+def test_auto_takes_the_largest_that_fits_and_says_why(monkeypatch, capsys, gpu, name, reason):
     """A GPU silently passed over, or a profile that is then refused: a dead end."""
     monkeypatch.setattr(machine, "gpu", lambda: gpu)
-    chosen, why = choose_profile()
-    assert chosen == name and reason in why and load_profile("auto").name == name
-
-
-NO_GPU = "cannot run here: no NVIDIA GPU was found. Profile laptop can"
+    assert choose_profile()[0] == load_profile("auto").name == name
+    said = capsys.readouterr().out
+    assert said.startswith(f"Profile auto chose {name}: ") and reason in said
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "gpu", "sentence"),
     [
-        ("gpu24", "", None, NO_GPU),
-        ("laptop", "{device: cuda}", None, NO_GPU),
+        ("laptop", "{device: cuda}", None, "run here: no NVIDIA GPU was found. Profile laptop can"),
         ("gpu80", "", card(problem="its driver 470 is too old"), "driver 470 is too old"),
         ("gpu80", "", card(free_gib=18.0), "needs about 41 GiB and 18 are free: set .*tokens_per_batch"),
         ("gpu24", "", card(free_gib=12.0), "12 are free, less than any setting needs"),
@@ -118,23 +91,8 @@ def test_a_profile_that_cannot_run_is_refused(monkeypatch, name, overrides, gpu,
     monkeypatch.setattr(machine, "gpu", lambda: gpu)
     with pytest.raises(WorkshopError, match=sentence):
         load_profile(name, overrides)
-
-
-def test_a_smaller_model_runs_where_the_8b_one_does_not(monkeypatch):
-    """A model of one's own needs less: its memory is not our guess to make."""
-    monkeypatch.setattr(machine, "gpu", lambda: card(free_gib=12.0))
-    assert load_profile("gpu24", "{model: packaged}").model == "packaged"
-    assert load_profile("laptop", "{device: cuda, dtype: bfloat16}").device == "cuda"
-
-
-@pytest.mark.parametrize("name", ["", "Laptop", "gpu40", "reference"])
-def test_an_unknown_profile_is_named_with_the_known_ones(name):
-    """KeyError: 'gpu40'."""
-    with pytest.raises(WorkshopError, match=f"is '{name}': choose one of auto, laptop, gpu24, gpu80, tiny"):
-        load_profile(name)
-
-
-# --- overrides
+    if gpu and not gpu.problem:  # a model of one's own needs less: its memory is not our guess to make
+        assert load_profile(name, "{model: packaged}").model == "packaged"
 
 
 def test_overrides_replace_values_in_their_types():
@@ -143,20 +101,17 @@ def test_overrides_replace_values_in_their_types():
     profile = load_profile("laptop", text)
     changes = {"max_steps": 20, "learning_rate": 1e-4, "lora_targets": ("q_proj", "v_proj"), "epochs": 2}
     assert profile == replace(LAPTOP, **changes, warmup_ratio=0.0)
-    assert type(profile.warmup_ratio) is float and type(profile.learning_rate) is float
-    assert load_profile("laptop", "max_steps: 20\nseed: 3\n").seed == 3  # block style too
+    assert type(profile.warmup_ratio) is float
     for nothing in ("", "   ", "{}", "# a comment", "~"):
         assert load_profile("laptop", nothing) == LAPTOP
 
 
 def test_training_and_topical_words_cannot_disagree():
     """A card that says reference beside answers that were cut, or the other way round."""
-    assert load_profile("laptop", "{training: topical}") == LAPTOP
     whole = load_profile("laptop", "{training: reference}")
     assert whole == replace(LAPTOP, training="reference", topical_words=0)
     assert load_profile("laptop", "{topical_words: 0}") == whole
     assert load_profile("tiny", "{topical_words: 60}").training == "topical"
-    assert load_profile("laptop", "{training: topical, topical_words: 60}").topical_words == 60
     with pytest.raises(WorkshopError, match="training is reference and topical_words 60: set one of the two"):
         load_profile("laptop", "{training: reference, topical_words: 60}")
 
@@ -165,47 +120,20 @@ def test_training_and_topical_words_cannot_disagree():
     ("text", "sentence"),
     [
         ("{max_step: 20}", "'max_step', which no profile has: did you mean max_steps"),
-        ("{zzz: 1}", "'zzz', which no profile has: known are model"),
-        ("{name: mine}", "'name', which no profile has"),
+        ("{name: mine}", "'name', which no profile has: known are model"),
         ("{max_steps: 0}", "max_steps is 0: Input should be -1 or .* greater than or equal to 1"),
-        ("{learning_rate: 0}", "learning_rate is 0: Input should be greater than 0"),
         ("{learning_rate: .nan}", "learning_rate is nan"),
         ("{max_steps: 20.0}", "max_steps is 20.0: .* valid integer"),
-        ("{gradient_checkpointing: 'yes'}", "gradient_checkpointing is 'yes': .* valid boolean"),
-        ("{lora_targets: []}", "lora_targets is \\[\\]"),
+        ("{gradient_checkpointing: 1}", "gradient_checkpointing is 1: .* valid boolean"),
         ("{lora_targets: [qproj]}", "lora_targets is 'qproj': Input should be 'q_proj', 'k_proj'"),
         ("{max_length: 2048}", "raise tokens_per_batch or lower max_length"),
         ("max_steps=20", "write a YAML mapping like {max_steps: 20}"),
-        ("{max_steps: 20", "write a YAML mapping"),
         ("{seed: 2020-99-99}", "write a YAML mapping"),
         ("{seed: !!python/object/apply:os.system ['true']}", "write a YAML mapping"),
-        ("{seed: " + "9" * 400 + "}", "seed is 9999.*: Input should be less than 4294967296"),
     ],
 )
 def test_what_cannot_be_an_override(text, sentence):
     """A traceback of YAML, a value taken for another, code that is run."""
     with pytest.raises(WorkshopError, match=sentence) as caught:
         load_profile("laptop", text)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
-
-
-yaml_scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-yaml_values = st.recursive(
-    yaml_scalars, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=4), v)
-)
-
-
-@given(values=st.dictionaries(st.sampled_from(SETTINGS), yaml_values, min_size=1, max_size=3))
-def test_any_value_is_checked(values):
-    """A value of another type (text for a number, null, true for 1), found in the middle of a run."""
-    import yaml
-
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(machine, "gpu", lambda: None)
-            profile = load_profile("laptop", yaml.safe_dump(values))
-    except WorkshopError as error:
-        assert len(str(error)) < 900 and "\n" not in str(error)
-        return
-    for setting in values:
-        assert type(getattr(profile, setting)) is type(getattr(REFERENCE, setting))
+    assert "\n" not in str(caught.value)

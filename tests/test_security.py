@@ -14,6 +14,7 @@ import pytest
 
 from fiqa_helpers.machinery.assets import ASSETS
 
+pytestmark = pytest.mark.timeout(3000)
 SECRETS = {
     "HF_TOKEN": "hf_q7Zk29vWmXo4tBnLsRy8",
     "WANDB_API_KEY": "5f0e9c1d7b3a2846e0d9c8b7a6f5e4d3c2b1a098",
@@ -132,7 +133,6 @@ def test_whole_tutorial_contacts_nobody_and_writes_down_no_secret(project, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.notebooks
-@pytest.mark.timeout(3000)
 def test_the_stick_is_enough_without_a_network(project, tmp_path):
     """Unpacked, with an empty cache and no network at all: 00 to 02, then 05 and 06 from files."""
     command = [project / "scripts" / "bundle.sh", tmp_path / "stick.tar"]

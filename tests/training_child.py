@@ -1,8 +1,8 @@
 """Training runs in processes of their own, to be killed: real rows, tokenizer and code, the tiny model.
 
-`python training_child.py serve` reads one JSON job a line from stdin. What is slow to prepare is prepared
-once; each job is a forked process; its process id and exit status are printed. The job's file `phase` says in
-two bytes what the process is doing at which step, so that a kill can be aimed and what it hit be proven.
+As a program it reads one JSON job a line from stdin and forks a process for each: what is slow to prepare is
+prepared once. A job's file `phase` says in two bytes what the process is doing at which step, so that a kill
+can be aimed and what it hit be proven.
 """
 
 import json
@@ -16,8 +16,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-TRAINING, EVALUATING, SAMPLING, SAVING = b"TESC"
-PHASES = {TRAINING: "training", EVALUATING: "evaluating", SAMPLING: "sampling", SAVING: "saving"}
+import torch
+from notebook_trainer import notebook_trainer
+from transformers import PrinterCallback, TrainerCallback
+
+from fiqa_helpers import data, model, profiles, run
+from fiqa_helpers.base import Workspace
+from fiqa_helpers.generate import generate_answers
+from fiqa_helpers.machinery import checkpoints
+from fiqa_helpers.machinery.live import LivePanel
+from fiqa_helpers.rows import StepCollator, encode_rows
+from fiqa_helpers.trainer import AnswerTrainer
+
+PHASES = ("training", "evaluating", "sampling", "saving")
+SHORT = "{max_steps: 8, epochs: 2, train_rows: 9, batch_size: 2, tokens_per_batch: 256, lora_dropout: 0.05}"
 
 
 def shared(path: str | Path) -> mmap.mmap:
@@ -26,48 +38,14 @@ def shared(path: str | Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 2)
 
 
-def limit_memory(megabytes_more: int) -> None:
-    """Let this process take only so much more memory."""
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    most = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (now + megabytes_more * 2**20, most))
-
-
 def train(job: dict, tokenizer, splits) -> None:
     """One run, as notebook 04 does it: begin or resume, train, evaluate, sample, save the adapter."""
-    import torch
-    from peft import get_peft_model
-    from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+    phase, vouch, save = shared(job["phase"]), checkpoints.write_manifest, AnswerTrainer._save_checkpoint
 
-    from fiqa_helpers import data, model, profiles
-    from fiqa_helpers.base import Workspace
-    from fiqa_helpers.generate import generate_answers
-    from fiqa_helpers.machinery import checkpoints
-    from fiqa_helpers.machinery.live import LivePanel
-    from fiqa_helpers.rows import StepCollator, encode_rows
-    from fiqa_helpers.trainer import AnswerTrainer
-
-    phase = shared(job["phase"])
-
-    class Announcing(AnswerTrainer):
-        def _save_checkpoint(self, *args):
-            phase[0] = SAVING
-            super()._save_checkpoint(*args)
-            phase[0] = TRAINING
-
-        def training_step(self, *args):
-            if "megabytes_more" in job:
-                limit_memory(job["megabytes_more"])
-            return super().training_step(*args)
-
-    class Phases(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            phase[0], phase[1] = TRAINING, state.global_step
-
-        def on_prediction_step(self, args, state, control, **kwargs):
-            phase[0] = EVALUATING
-
-    vouch = checkpoints.write_manifest
+    def announced(self, *args):
+        phase[0] = PHASES.index("saving")
+        save(self, *args)
+        phase[0] = 0
 
     def die_before(folder: Path) -> None:
         """The kill that nobody could aim: all files of a checkpoint are there, its manifest is not."""
@@ -75,70 +53,54 @@ def train(job: dict, tokenizer, splits) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         vouch(folder)
 
-    checkpoints.write_manifest = die_before  # in this forked process only
-    torch.set_num_threads(1)
-    profile, workspace = profiles.load_profile("tiny", job["overrides"]), Workspace(job["workdir"])
-    rows = {"train": splits["train"].select(range(profile.train_rows)), "validation": splits["validation"]}
-    encoded = {split: encode_rows(part, tokenizer, profile) for split, part in rows.items()}
-    run = checkpoints.open_run(workspace, profile, {s: data.fingerprint(part) for s, part in rows.items()})
-    print(f"resuming from {run.resume_from and run.resume_from.name}")
-    set_seed(profile.seed)
-    tuned = get_peft_model(model.load_base(profile), model.lora_config(profile))
+    class Phases(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            phase[0], phase[1] = 0, state.global_step
+            if "megabytes_more" in job:
+                now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                most = resource.getrlimit(resource.RLIMIT_AS)[1]
+                resource.setrlimit(resource.RLIMIT_AS, (now + job["megabytes_more"] * 2**20, most))
+
+        def on_prediction_step(self, args, state, control, **kwargs):
+            phase[0] = PHASES.index("evaluating")
 
     def answer(questions):
-        phase[0] = SAMPLING
+        phase[0] = PHASES.index("sampling")
         longest = profile.max_new_tokens
-        answers = generate_answers(tuned, tokenizer, questions, max_new_tokens=longest, temperature=1.0)
-        phase[0] = TRAINING
+        answers = generate_answers(
+            trainer.model, tokenizer, questions, profile.prompt, longest, temperature=1.0
+        )
+        phase[0] = 0
         return answers
 
-    png = workspace.plots / "04_training.png"
-    panel = LivePanel(splits["test"]["question"][:2], answer, profile.sample_steps, png=png)
-    arguments = TrainingArguments(
-        output_dir=str(run.folder),
-        per_device_train_batch_size=profile.batch_size,
-        num_train_epochs=profile.epochs,
-        max_steps=profile.max_steps,
-        learning_rate=profile.learning_rate,
-        warmup_steps=profile.warmup_ratio,
-        eval_strategy="steps",
-        eval_steps=profile.eval_steps,
-        eval_on_start=run.resume_from is None,
-        save_steps=profile.eval_steps,
-        save_total_limit=job.get("save_total_limit", 2),
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
-        use_cpu=True,
-        seed=profile.seed,
-        disable_tqdm=True,
-        report_to="none",
-    )
-    trainer = Announcing(
-        model=tuned,
-        args=arguments,
-        train_dataset=encoded["train"],
-        eval_dataset=encoded["validation"],
-        data_collator=StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout),
-        callbacks=[Phases(), panel],
-    )
+    # in this forked process only
+    AnswerTrainer._save_checkpoint, checkpoints.write_manifest = announced, die_before
+    torch.set_num_threads(1)
+    profile, workspace = profiles.load_profile("tiny", job["overrides"]), Workspace(job["workdir"])
+    splits = splits | {"train": splits["train"].select(range(profile.train_rows))}
+    fingerprints = {name: data.fingerprint(part) for name, part in splits.items()}
+    begun = checkpoints.open_run(workspace, profile, fingerprints)
+    print(f"resuming from {begun.resume_from and begun.resume_from.name}", flush=True)
+    how = {"eval_strategy": "steps", "save_strategy": "steps", "eval_on_start": not begun.resume_from}
+    how |= {"eval_steps": profile.eval_steps, "save_steps": profile.eval_steps}
+    how |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    how |= {"save_total_limit": job.get("keep", 2)}
+    collator = StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout)
+    rows = [encode_rows(splits[name], tokenizer, profile) for name in ("train", "validation")]
+    trainer = notebook_trainer(profile, begun.folder, model.load_base(profile), collator, *rows, **how)
+    panel = LivePanel(splits["test"]["question"][:2], answer, profile.sample_steps)
+    trainer.add_callback(Phases())
+    trainer.add_callback(panel)
     trainer.remove_callback(PrinterCallback)
     with panel:
-        trainer.train(resume_from_checkpoint=run.resume_from)
-    card = {"history": trainer.state.log_history, "samples": panel.samples}
-    card["best"] = Path(trainer.state.best_model_checkpoint or "none").name
-    card |= {"definition": run.definition, "finished": panel.stopped is None}
-    checkpoints.save_final(tuned, tokenizer, workspace.final_model, **card)
+        trainer.train(resume_from_checkpoint=begun.resume_from)
+    best = Path(trainer.state.best_model_checkpoint or "none").name
+    card = {"history": trainer.state.log_history, "samples": panel.samples, "best": best}
+    checkpoints.save_final(trainer.model, tokenizer, workspace.final_model, **card)
 
 
 def serve() -> None:
-    """Prepare once, then fork a process for each job on stdin."""
-    from fiqa_helpers import data, model, profiles, run, trainer  # noqa: F401
-    from fiqa_helpers.machinery import live  # noqa: F401
-
+    """Prepare once, then fork a process for each job on stdin; print its id and its exit status."""
     run.quiet()
     tokenizer = model.load_tokenizer(profiles.load_profile("tiny"))
     splits = data.load_fiqa("packaged")
@@ -148,10 +110,9 @@ def serve() -> None:
         job = json.loads(line)
         process = os.fork()
         if process == 0:
-            log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            log, code = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1
             os.dup2(log, 1)
             os.dup2(log, 2)
-            code = 1
             try:
                 train(job, tokenizer, splits)
                 code = 0
@@ -167,8 +128,9 @@ class Trainings:
     """The parent's side: start jobs, watch their phase, kill them."""
 
     def __enter__(self) -> "Trainings":
-        command = [sys.executable, __file__, "serve"]
-        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        options = {"env": os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, "text": True}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.server = subprocess.Popen([sys.executable, __file__], **pipes, **options)
         assert self.server.stdout.readline() == "ready\n"
         return self
 
@@ -176,53 +138,56 @@ class Trainings:
         self.server.stdin.close()
         self.server.wait(timeout=30)
 
-    def start(self, workdir: Path, **job) -> int:
-        """Start one training in `workdir`; returns its process id."""
+    def start(self, workdir: Path, **job) -> None:
+        """Start one training in `workdir`."""
         workdir.mkdir(parents=True, exist_ok=True)
-        phase, self.log = workdir / ".phase", workdir / ".log"
-        phase.write_bytes(bytes([TRAINING, 0]))
+        phase, self.log = workdir.with_name(".phase"), workdir.with_name(".log")
+        phase.write_bytes(bytes(2))
+        self.log.write_text("")
         self._phase = shared(phase)
-        job |= {"workdir": str(workdir), "phase": str(phase), "log": str(self.log)}
+        job = {"overrides": SHORT, "workdir": str(workdir), "phase": str(phase), "log": str(self.log)} | job
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         self.process = int(self.server.stdout.readline())
-        return self.process
 
     def wait(self) -> int:
         """Exit status of the training started last; negative: the signal that ended it."""
         return int(self.server.stdout.readline())
 
+    def said(self) -> list[str]:
+        """The lines that it printed."""
+        return self.log.read_text(encoding="utf-8").splitlines()
+
     def run(self, workdir: Path, **job) -> str:
         """Train to the end; returns what was printed."""
         self.start(workdir, **job)
-        code = self.wait()
-        said = self.log.read_text(encoding="utf-8")
-        assert code == 0, said
-        return said
+        assert self.wait() == 0, self.said()
+        return "\n".join(self.said())
 
     def alive(self) -> bool:
         return Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
-    def wait_for(self, happened: Callable[[], bool]) -> None:
-        """Until something has happened while the training goes on."""
+    def kill_when(self, happened: Callable[[], bool], number=signal.SIGKILL, delay=0.0) -> int:
+        """Send a signal as soon as something has happened, or later; returns the exit status."""
         while not happened():
-            assert self.alive(), self.log.read_text()
-            time.sleep(0.001)
-
-    def kill_in(
-        self, workdir: Path, phase: str | None, delay: float, from_step: int = 0, **job
-    ) -> str | None:
-        """SIGKILL a training `delay` seconds after it began `phase` at `from_step` or later (None: at all).
-
-        Returns the phase that was hit, or None when the training had ended before.
-        """
-        process = self.start(workdir, **job)
-        while phase and self.alive() and (PHASES[self._phase[0]] != phase or self._phase[1] < from_step):
-            time.sleep(0.0002)
+            assert self.alive(), self.said()
+            time.sleep(0.0005)
         time.sleep(delay)
-        os.kill(process, signal.SIGKILL)
-        hit = PHASES[self._phase[0]]
-        return hit if self.wait() == -signal.SIGKILL else None
+        os.kill(self.process, number)
+        return self.wait()
+
+    def kill_in(self, workdir: Path, phase: str, delay: float, from_step=0, **job) -> str:
+        """SIGKILL a training `delay` seconds after it began `phase` (empty: at all) at `from_step` or later.
+
+        Returns the phase that was hit.
+        """
+        self.start(workdir, **job)
+
+        def there() -> bool:
+            return not phase or (PHASES[self._phase[0]] == phase and self._phase[1] >= from_step)
+
+        assert self.kill_when(there, delay=delay) == -signal.SIGKILL, "it had ended before"
+        return PHASES[self._phase[0]]
 
 
 def result(workdir: Path) -> dict:
@@ -236,5 +201,5 @@ def result(workdir: Path) -> dict:
     return {"adapter": weights, "history": history, "samples": card["samples"], "best": card["best"]}
 
 
-if __name__ == "__main__" and sys.argv[1:] == ["serve"]:
+if __name__ == "__main__":
     serve()

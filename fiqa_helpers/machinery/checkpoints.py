@@ -17,7 +17,7 @@ from fiqa_helpers.rows import SYSTEM_TEXT
 MANIFEST = "manifest.json"  # written last: whoever finds it knows that the files it names were all finished
 PREFIX = "checkpoint-"
 SHOWN_ONLY = ("name", "title", "sample_steps", "max_new_tokens")  # settings that training does not depend on
-MEMORY_ONLY = {"tokens_per_batch", "gradient_checkpointing"}  # the same sums in other portions
+MEMORY_ONLY = ("tokens_per_batch", "gradient_checkpointing")  # the same sums in other portions
 
 _locks = contextlib.ExitStack()  # held until this process ends, however it ends
 
@@ -77,15 +77,10 @@ def refuse_other_start(run: Path, resume_from: Path | str | None) -> None:
     A cell that is run again alone would begin at an older one, or at step 0 with weights that are trained.
 
     Raises:
-        WorkshopError: names both.
+        WorkshopError: it would begin elsewhere.
     """
-    newest = newest_complete(run)
-    there, wanted = newest.name if newest else None, Path(resume_from).name if resume_from else None
-    if there != wanted:
-        raise WorkshopError(
-            f"{run.name} holds {there or 'no whole checkpoint'} and this would begin at "
-            f"{wanted or 'step 0'}: restart the kernel and run all cells."
-        )
+    if newest_complete(run) != (resume_from and Path(resume_from)):
+        raise WorkshopError("Training begins at the newest checkpoint: restart the kernel and run all cells.")
 
 
 # --- Beginning, resuming and finishing a run.
@@ -141,29 +136,27 @@ def take(folder: Path) -> None:
 
 def define(profile: Profile, rows: dict[str, str]) -> dict:
     """What makes two runs the same one: everything that decides what is computed, as plain JSON values."""
-    settings = {key: value for key, value in asdict(profile).items() if key not in SHOWN_ONLY}
+    free = SHOWN_ONLY + MEMORY_ONLY
+    settings = {key: value for key, value in asdict(profile).items() if key not in free}
     settings |= {f"{split}_sha256": fingerprint for split, fingerprint in rows.items()}
     settings["prompt_sha256"] = sha256(SYSTEM_TEXT.encode()).hexdigest()
     return json.loads(json.dumps(settings))
 
 
 def refuse_other(folder: Path, definition: dict) -> None:
-    """Let a run go on only with what it was begun with; a change of memory settings alone is announced.
+    """Let a run go on only with what it was begun with.
 
     Raises:
         WorkshopError: with the differences.
     """
-    unknown = {} if steps_of(folder) else definition  # without run.json nobody knows whose checkpoints
-    known = (read_card(folder / "run.json") or {}).get("definition", unknown)
-    changed = [key for key in {**known, **definition} if known.get(key) != definition.get(key)]
-    said = "; ".join(f"{key} was {known.get(key)!r} and is now {definition.get(key)!r}" for key in changed)
-    if set(changed) - MEMORY_ONLY:
+    known = (read_card(folder / "run.json") or {}).get("definition", definition)
+    changed = [key for key in definition if known.get(key) != definition[key]]
+    said = "; ".join(f"{key} was {known.get(key)!r} and is now {definition[key]!r}" for key in changed)
+    if said:
         raise WorkshopError(
             f"{folder} holds a run with other settings ({said}): use the old ones to go on with it, or set "
             'on_existing = "fresh" to keep it aside and begin anew.'
         )
-    if said:
-        print(f"The run goes on with a difference ({said}): results may differ in the last digits.")
 
 
 def save_final(model, tokenizer, folder: Path, **card: object) -> dict:

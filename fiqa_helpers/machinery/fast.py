@@ -5,7 +5,6 @@ and then it stays idle while the CPU fills it again: a fifth of a step of the 8B
 """
 
 import contextlib
-import importlib.util
 import inspect
 import time
 import types
@@ -17,7 +16,6 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from fiqa_helpers.base import WorkshopError
 from fiqa_helpers.machinery.machine import LOGITS_CHUNK
 
 # --- Attention that stays inside each row of a packed sequence, without a flash-attn build.
@@ -30,17 +28,9 @@ def attention_implementation(layout: str, device: str) -> str:
 
     Packed rows on a GPU use torch's variable-length kernel. Elsewhere `sdpa` computes the same: without an
     attention mask and without a cache, transformers reads the limits of the rows from `position_ids`.
-
-    Raises:
-        WorkshopError: packed rows on a GPU, and this torch has no variable-length attention.
     """
     if layout != "packed" or device != "cuda":
         return "sdpa"
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        raise WorkshopError(
-            f"torch {torch.__version__} has no variable-length attention, which layout packed needs: "
-            "install torch 2.11 or newer, or set layout: padded in overrides."
-        )
     return register_packed_attention()
 
 
@@ -83,7 +73,7 @@ def packed_attention(
 
 def _kernel(query, key, value, limits, longest, scaling):
     """torch's kernel. `window_size=(-1, 0)` makes it causal; its default lets a token see those after it."""
-    from torch.nn.attention.varlen import varlen_attn  # an older torch has none, and can pack on a CPU
+    from torch.nn.attention.varlen import varlen_attn  # a GPU's, needed nowhere else
 
     options = {"scale": scaling, "window_size": (-1, 0)}
     # Several query heads share a key and a value head; torch 2.11 takes that as it is and has no name for it.

@@ -101,10 +101,9 @@ class LivePanel(TrainerCallback, ExportableState):
                 self.stopped = "Stop button" if self.stop.is_set() else "interrupted"
             elif kind is not None:
                 self.failed = kind.__name__
-            made = {"sample": self.samples, "evaluation": self.points("eval_loss")}
-            missing = " and no second ".join(name for name, several in made.items() if len(several) < 2)
-            if self.stopped and self.questions and missing:  # 04 compares the first with the last
-                self.note = f"there is no second {missing} to compare with: run the notebook again to go on"
+            made = min(len(self.samples), len(self.points("eval_loss")))
+            if self.stopped and self.questions and made < 2:  # 04 compares the first with the last
+                self.note = "there is no second sample or evaluation yet: run the notebook again to go on"
             self.closed = time.perf_counter()
             self._close()
         return interrupted
@@ -226,8 +225,8 @@ class LivePanel(TrainerCallback, ExportableState):
         return self.earlier_seconds + (self.closed or time.perf_counter()) - self.opened
 
     def points(self, name: str) -> list[tuple[int, float]]:
-        """The (step, value) pairs of one column of the history."""
-        return [(row["step"], row[name]) for row in self.history if name in row]
+        """The (step, value) pairs of one column of the history, without infinite ones and NaN."""
+        return [(row["step"], row[name]) for row in self.history if math.isfinite(row.get(name, math.nan))]
 
     @property
     def clock(self) -> str:
@@ -240,12 +239,11 @@ class LivePanel(TrainerCallback, ExportableState):
 
     def chart(self, width: int, *columns: str) -> "Chart":
         """The frame of a chart for these columns of the history."""
-        values = [value for name in columns for _, value in self.points(name) if math.isfinite(value)]
-        return Chart(width, self.total, values)
+        return Chart(width, self.total, [value for name in columns for _, value in self.points(name)])
 
     def smoothed(self) -> list[tuple[int, float]]:
         """Training loss as a moving average over a sixth of the run, without the pull of its start."""
-        losses = pandas.Series(dict(self.points("loss")), dtype=float).replace(math.inf, math.nan)
+        losses = pandas.Series(dict(self.points("loss")), dtype=float)
         return list(losses.ewm(span=max(4, min(50, self.total / 6))).mean().items())
 
     # Where it is seen: a cell of JupyterLab with two buttons, or a terminal's line
@@ -333,7 +331,7 @@ class LivePanel(TrainerCallback, ExportableState):
 class Chart:
     """The frame of an SVG chart, 212 units high; its plot from 10 to 178, and from 46 to 9 before the edge.
 
-    Values are finite; without any, the frame is empty.
+    Without values, the frame is empty.
     """
 
     def __init__(self, width: int, total: int, values: Sequence[float]):
@@ -354,15 +352,10 @@ class Chart:
         return 178 - 168 * (value - self.low) / (self.high - self.low)
 
     def path(self, points: Sequence[tuple[int, float]], mark: str = "") -> str:
-        """SVG path commands: a line, broken where a value is no number, or a mark at each point."""
-        pen, parts = "M", []
-        for step, value in [*points[:: len(points) // 240 + 1], *points[-1:]]:  # more are not seen
-            if not math.isfinite(value):
-                pen = "M"
-                continue
-            parts.append(f"{pen}{self.x(step):.1f} {self.y(value):.1f}{mark}")
-            pen = "M" if mark else "L"
-        return "".join(parts)
+        """SVG path commands: a line, or a mark at each point."""
+        seen = [*points[:: len(points) // 240 + 1], *points[-1:]]  # more are not
+        parts = [f"{self.x(step):.1f} {self.y(value):.1f}{mark}" for step, value in seen]
+        return "M" + ("M" if mark else "L").join(parts) if parts else ""
 
 
 def round_numbers(low: float, high: float, wanted: int, integer: bool = False) -> list[float]:
