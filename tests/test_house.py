@@ -21,8 +21,8 @@ BUDGET = {
     "machinery": (1400, 1346),
     "files": (23, 22),
     "templates": (250, 234),
-    "tests": (7000, 6922),
-    "benchmarks": (950, 1235),
+    "tests": (7000, 6883),
+    "benchmarks": (950, 929),
     "scripts": (450, 449),
 }
 
