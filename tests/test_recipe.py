@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -17,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from notebook_trainer import notebook_trainer
 from peft import PeftModel, get_peft_model
-from recipe_bench import kill_all
 from recipe_child import same_start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
@@ -133,21 +133,6 @@ def test_the_file_is_profile_gpu80():
     assert value("peft.target_modules") == [f"*.{name}" for name in BIG.lora_targets]
     assert (value("step_scheduler.max_steps"), BIG.max_steps) == (None, -1)
     assert value("validation_dataloader.batch_size") * BIG.max_length <= BIG.tokens_per_batch
-
-
-def test_rows_tokens_and_supervised_positions(place, tiny_tokenizer):
-    """Another prompt, another cut or a shift by two would train something else and look fine."""
-    profile, workspace, _ = place
-    chosen = data.read_processed(workspace.data)["train"].take(profile.train_rows)
-    theirs = encode_rows(chosen, tiny_tokenizer, profile)
-    where, limit = str(workspace.data), profile.max_length
-    found = recipe.fiqa_rows(tiny_tokenizer, where, "train", profile.train_rows, "plain", limit)
-    for mine, row in zip(found, theirs, strict=True):
-        assert mine["input_ids"] == row["input_ids"][:-1]
-        # both predict the same token from the same position: transformers' models shift the labels themselves
-        recipes = {(i, label) for i, label in enumerate(mine["labels"]) if label != IGNORE_INDEX}
-        trainers = {(i - 1, label) for i, label in enumerate(row["labels"]) if label != IGNORE_INDEX}
-        assert recipes == trainers
 
 
 def test_adapter_steps_and_learning_rates_of_the_reference(tmp_path, tiny_tokenizer):
@@ -326,7 +311,7 @@ def test_peft_has_the_recipes_validation_loss(name, place, runs):
 
 
 def test_losses_and_adapter_are_the_trainers(place, runs, tmp_path):
-    """The whole of it, each step's rows too: notebook 04's Trainer, from the same start to the same end."""
+    """Rows, labels, order, schedule: notebook 04's Trainer goes from the same start to the same end."""
     profile, workspace, _ = place
     tokenizer = model.load_tokenizer(profile)
     chosen = data.read_processed(workspace.data)["train"].take(profile.train_rows)
@@ -353,7 +338,6 @@ def test_two_processes_are_one(name, place, runs):
     single, double = tensors(runs("one")[1]), tensors(adapter)
     assert single.keys() == double.keys()
     for key in single:
-        assert double[key].shape == single[key].shape
         assert (double[key] - single[key]).abs().max() < 1e-5, key
     assert "torch distributed with 2 workers" in (place[1].root / name / "run.log").read_text()
 
@@ -371,7 +355,11 @@ def test_continues_from_its_checkpoint(name, place, runs):
     )
     while process.poll() is None and not (folder / "LATEST").exists():
         time.sleep(0.05)
-    kill_all(process)
+    family = psutil.Process(process.pid).children(recursive=True)  # each in a session of its own
+    for one in (process, *family):
+        one.kill()
+    psutil.wait_procs(family, timeout=60)
+    process.wait()
     assert (folder / "LATEST").readlink().name == "epoch_0_step_1"
     with pytest.raises(WorkshopError, match="holds a run"):
         run_recipe(behind_it, panel("by accident"), 2)
