@@ -156,8 +156,8 @@ def ask(
 ) -> None:
     """Answer with the untuned and the tuned model side by side, as notebook 05 does.
 
-    It needs the adapter of notebook 04. Without one, a precomputed adapter answers where model, data and
-    prompt are its own, and says so.
+    It needs the adapter of notebook 04. Without one, a precomputed adapter answers where model, data, prompt
+    and training answers are its own, and says so.
     """
     values = {"profile": profile, "overrides": overrides, "workdir": workdir}
     begun = start_notebook(values | {"__annotations__": dict.fromkeys(values, str)}, "05")
@@ -194,10 +194,10 @@ def compare(folders: Folders) -> None:
     for folder in folders:
         paths = sorted(Path(folder).glob("outputs/run_cards/*.json"))
         cards = {path.stem: card for path in paths if (card := read_card(path))}
-        found = cards.get("06", {"facts": {}})["facts"].get("comparisons", {})
+        found = cards.get("06", {}).get("facts", {}).get("comparisons", {})
         one = {title: how.format(**found[name]) for name, (title, how) in RESULTS.items() if name in found}
         if cards:
-            last = max(cards.values(), key=lambda card: card["written"])
+            last = max(cards.values(), key=lambda card: card.get("written", ""))
             one |= {"last notebook": last["notebook"], **last["profile"]}
         tries[folder] = one | ({"notebook 04": cards["04"]["figure"]} if "04" in cards else {})
     table = pandas.DataFrame(tries).map(str, na_action="ignore")

@@ -124,9 +124,13 @@ def _unique(splits: dict[str, list[dict]]) -> dict[str, list[dict]]:
     owned: dict[str, tuple[str, dict]] = {}
     for split in reversed(splits):  # the tests stay as they are
         for row in splits[split]:
-            same = " ".join(row["question"].casefold().split())  # case and the number of spaces don't count
-            owned.setdefault(same, (split, row))
+            owned.setdefault(normalized(row["question"]), (split, row))
     return {split: [row for owner, row in owned.values() if owner == split] for split in splits}
+
+
+def normalized(question: str) -> str:
+    """Two questions are the same when these are: case, punctuation and spaces don't count."""
+    return " ".join(re.findall(r"\w+", question.casefold())) or question
 
 
 def _split_by_hash(rows: list[dict], sizes: tuple[int, int] | None) -> dict[str, list[dict]]:

@@ -125,7 +125,7 @@ def test_any_script_stays_and_control_characters_go(tmp_path, rows):
 
 def test_questions_in_two_splits_leave_the_training_side(tmp_path, rows):
     """A test question that was trained on flatters every result; rows without text teach nothing. Counted."""
-    again = rows[30] | {"question": f"  {rows[30]['question'].upper()} "}
+    again = rows[30] | {"question": f"  {rows[30]['question'].upper()} ?!"}
     twice = rows[0] | {"ground_truths": ["another answer"]}
     unusable = [{"question": "Why?", "ground_truths": nothing} for nothing in ([""], [], None)]
     unusable += [{"question": nothing, "ground_truths": ["Because."]} for nothing in (" \n", None)]

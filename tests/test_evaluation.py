@@ -354,6 +354,8 @@ def test_an_endpoint_gets_our_own_prompt(workspace, rows, tiny_tokenizer, score,
     assert found.values("similarity") == pytest.approx([scores["similarity"] for scores in echo])
     (chat,) = evaluate.prompt_texts(rows[:1], nemotron_tokenizer, "chat")
     assert not chat.startswith(nemotron_tokenizer.bos_token), "the server writes it: there would be two"
+    (chat,) = evaluate.prompt_texts(rows[:1], tiny_tokenizer, "chat")
+    assert chat.startswith("<|im_start|>"), "SmolLM2's BOS, which its tokenizer does not add"
 
 
 def test_a_failure_is_an_error_and_not_a_bad_answer(workspace, rows, score):

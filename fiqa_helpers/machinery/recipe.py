@@ -34,8 +34,8 @@ from fiqa_helpers import data, model
 from fiqa_helpers.base import WorkshopError, project_root
 from fiqa_helpers.machinery.fast import lighten_norms, register_packed_attention
 from fiqa_helpers.machinery.live import TRAINING, LivePanel
-from fiqa_helpers.machinery.machine import NEMOTRON, peak_memory_gib
-from fiqa_helpers.profiles import planned_profile
+from fiqa_helpers.machinery.machine import NEMOTRON, cpu_cores, peak_memory_gib
+from fiqa_helpers.profiles import PROFILES
 from fiqa_helpers.rows import IGNORE_INDEX, Row, encode, pack_rows, split_rows
 
 register_packed_attention()  # before a model with `attn_implementation: packed_varlen` is loaded
@@ -61,8 +61,7 @@ def shift(row: Row) -> Row:
 
 def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = False):
     """The notebooks' tokenizer. NeMo adds `trust_remote_code`; whatever it says, no model's code is run."""
-    changes = json.dumps({"model": name, "model_revision": revision})
-    return model.load_tokenizer(planned_profile("gpu80", changes))
+    return model.load_tokenizer(replace(PROFILES["gpu80"], model=name, model_revision=revision))
 
 
 def packed_collate(rows: Sequence[Row]) -> dict[str, object]:
@@ -273,9 +272,11 @@ def run_recipe(changes: Sequence[str], panel: LivePanel, gpus: int = 1) -> Path:
     report = check_recipe(changes, gpus)
     folder, panel.total = report["folder"], report["steps"]
     folder.mkdir(parents=True, exist_ok=True)
-    # torchrun's own choice is one thread
-    environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() // gpus or 1), "TQDM_DISABLE": "1"}
-    with (folder / "run.log").open("ab") as log, panel:
+    for earlier in folder.glob("*.jsonl"):  # of an attempt that ended before its first checkpoint
+        earlier.unlink()
+    threads = str(cpu_cores() // gpus or 1)  # torchrun's own choice is one
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
+    with (folder / "run.log").open("wb") as log, panel:
         options = dict(stdout=log, stderr=log, env=environment, start_new_session=True)
         options["preexec_fn"] = end_with_parent if sys.platform == "linux" else None
         process = subprocess.Popen(launch(changes, gpus), **options)
