@@ -79,19 +79,25 @@ def _files(source: str, workspace: Workspace | None) -> tuple[str, dict[str, Pat
 def _from_hub(revision: str) -> Path:
     """The folder of the hub's Parquet files; without a network, what an earlier run left in its cache.
 
-    They lie in it as `train-00000-of-00001.parquet`, or (revision refs/convert/parquet) as
-    `train/0000.parquet`.
+    They lie in the branch main as `train-00000-of-00001.parquet`; where that has a script in their place, the
+    hub's own conversion, refs/convert/parquet, has them as `train/0000.parquet`.
     """
     from huggingface_hub import snapshot_download
 
-    wanted = {"revision": revision or None, "allow_patterns": "main/*.parquet"}
-    try:
-        return Path(snapshot_download(HUB, repo_type="dataset", **wanted)) / "main"
-    except Exception as error:  # every HTTP library has a word of its own for "no network"
-        raise WorkshopError(
-            f"{HUB} cannot be had from the hub ({error!r:.150}): use data: packaged (the 648 rows of the "
-            "test split), or give a folder with the split files as data."
-        ) from None
+    reason = "no Parquet files"
+    for branch in [revision] if revision else ["main", "refs/convert/parquet"]:
+        wanted = {"revision": branch, "allow_patterns": "main/*.parquet"}
+        try:
+            folder = Path(snapshot_download(HUB, repo_type="dataset", **wanted)) / "main"
+        except Exception as error:  # every HTTP library has a word of its own for "no network"
+            reason = f"{error!r:.150}"
+        else:
+            if folder.is_dir():
+                return folder
+    raise WorkshopError(
+        f"{HUB} cannot be had from the hub ({reason}): use data: packaged (the 648 rows of the test split), "
+        "or give a folder with the split files as data."
+    )
 
 
 def _find(source: str, workspace: Workspace | None) -> Path:

@@ -18,6 +18,7 @@ from fiqa_helpers.base import WorkshopError, Workspace, digest
 from fiqa_helpers.metrics import Similarity
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SCRIPT, CONVERTED = "b" * 40, "refs/convert/parquet"
 
 
 @pytest.fixture(scope="session")
@@ -243,7 +244,11 @@ class Repository(SimpleHTTPRequestHandler):
 
 @pytest.mark.parametrize(
     ("revision", "name"),
-    [("", "main/{}-00000-of-00001.parquet"), ("refs/convert/parquet", "main/{}/0000.parquet")],
+    [
+        ("", "main/{}-00000-of-00001.parquet"),
+        ("", "main/{}/0000.parquet"),
+        (CONVERTED, "main/{}/0000.parquet"),
+    ],
 )
 def test_the_hub_by_its_revision_and_then_from_the_cache(tmp_path, packaged, monkeypatch, revision, name):
     """The commit must be said; without a network the cached copy serves; failing, there is a remedy."""
@@ -259,8 +264,10 @@ def test_the_hub_by_its_revision_and_then_from_the_cache(tmp_path, packaged, mon
         size = path.stat().st_size
         entries.append({"type": "file", "path": name.format(split), "size": size, "oid": "0" * 40})
     for path, content in {
-        f"revision/{revision or 'main'}": {"id": data.HUB, "sha": COMMIT},
+        "revision/main": {"id": data.HUB, "sha": COMMIT if "-of-" in name else SCRIPT},
+        f"revision/{CONVERTED}": {"id": data.HUB, "sha": COMMIT},
         f"tree/{COMMIT}": entries,
+        f"tree/{SCRIPT}": [],
     }.items():
         (api / path).parent.mkdir(parents=True, exist_ok=True)
         (api / path).write_text(json.dumps(content))

@@ -270,8 +270,8 @@ def tensors(adapter: Path) -> dict:
     return load_file(adapter / "adapter_model.safetensors")
 
 
-def losses(shown: LivePanel) -> list[float]:
-    return [row["loss"] for row in shown.history if "loss" in row]
+def losses(history: list[dict]) -> list[float]:
+    return [row["loss"] for row in history if "loss" in row]
 
 
 def test_metrics_of_every_step(place, runs):
@@ -287,7 +287,7 @@ def test_metrics_of_every_step(place, runs):
     assert all(0.1 < row["memory_gib"] < 20 for row in shown.history)
     assert max(row["passes"] for row in shown.history) > 1
     board = EventAccumulator(str(place[1].root / "one" / "tensorboard")).Reload()
-    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(losses(shown))
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(losses(shown.history))
     assert len(board.Scalars("validation/val_loss")) == 2
 
 
@@ -320,9 +320,9 @@ def test_losses_and_adapter_are_the_trainers(place, runs, tmp_path):
     trainer = notebook_trainer(profile, tmp_path, base, collator, rows, adam_epsilon=1e-2)  # as in `behind`
     same_start(trainer.model)
     trainer.train()
-    found = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert found == pytest.approx(losses(runs("one")[0]), rel=1e-5)
-    trained, saved = dict(trainer.model.named_parameters()), tensors(runs("one")[1])
+    shown, adapter = runs("one")
+    assert losses(trainer.state.log_history) == pytest.approx(losses(shown.history), rel=1e-5)
+    trained, saved = dict(trainer.model.named_parameters()), tensors(adapter)
     for name, matrix in saved.items():
         mine = trained[name.replace(".weight", ".default.weight")].detach()
         assert torch.allclose(mine, matrix, atol=1e-5), name
@@ -332,10 +332,11 @@ def test_losses_and_adapter_are_the_trainers(place, runs, tmp_path):
 @pytest.mark.parametrize("name", TWICE)
 def test_two_processes_are_one(name, place, runs):
     """Two real processes share the rows, and the weights too: losses and adapters must not know."""
-    shown, adapter = runs(name)
-    assert losses(shown) == pytest.approx(losses(runs("one")[0]), rel=1e-5)
-    assert losses(shown)[-1] < losses(shown)[0] - 1e-3, "nothing was learned: equality would show nothing"
-    single, double = tensors(runs("one")[1]), tensors(adapter)
+    alone, together = runs("one"), runs(name)
+    found = losses(together[0].history)
+    assert found == pytest.approx(losses(alone[0].history), rel=1e-5)
+    assert found[-1] < found[0] - 1e-3, "nothing was learned: equality would show nothing"
+    single, double = tensors(alone[1]), tensors(together[1])
     assert single.keys() == double.keys()
     for key in single:
         assert (double[key] - single[key]).abs().max() < 1e-5, key
@@ -355,19 +356,19 @@ def test_continues_from_its_checkpoint(name, place, runs):
     )
     while process.poll() is None and not (folder / "LATEST").exists():
         time.sleep(0.05)
-    family = psutil.Process(process.pid).children(recursive=True)  # each in a session of its own
-    for one in (process, *family):
+    torchrun = psutil.Process(process.pid)
+    family = [torchrun, *torchrun.children(recursive=True)]  # each in a session of its own
+    for one in family:
         one.kill()
     psutil.wait_procs(family, timeout=60)
-    process.wait()
     assert (folder / "LATEST").readlink().name == "epoch_0_step_1"
     with pytest.raises(WorkshopError, match="holds a run"):
         run_recipe(behind_it, panel("by accident"), 2)
     subprocess.run(recipe.launch(behind_it, 2), check=True, capture_output=True, timeout=300)
-    found = [row["loss"] for row in recipe.read_metrics(folder)]
-    assert found[2:] == pytest.approx(losses(whole[0])[2:], rel=1e-6)
-    before, after = tensors(whole[1]), tensors(folder / "LATEST" / "model")
-    assert max((after[key] - before[key]).abs().max().item() for key in before) < 1e-6
+    found = losses(recipe.read_metrics(folder))
+    assert found[2:] == pytest.approx(losses(whole[0].history)[2:], rel=1e-6)
+    after = tensors(folder / "LATEST" / "model")
+    assert max((after[key] - value).abs().max().item() for key, value in tensors(whole[1]).items()) < 1e-6
 
 
 @pytest.mark.slow
@@ -398,7 +399,5 @@ def test_stop_saves_a_checkpoint(place):
     adapter = run_recipe(behind(place, "stopped", 1, *long, "--step_scheduler.num_epochs=500"), shown)
     person.join()
     assert shown.stopped == "Stop button"
-    assert 1 <= shown.step < 500
-    assert tensors(adapter)
-    said = "the step at hand is the one that is saved"
-    assert adapter.parent.name.endswith(f"_step_{shown.step - 1}"), said
+    assert 1 <= shown.step < 500 and tensors(adapter)
+    assert adapter.parent.name.endswith(f"_step_{shown.step - 1}")  # the step at hand is saved

@@ -27,14 +27,11 @@ QUESTIONS = ["What is a bond?", 'Is "5 % a month" <b>safe</b>? Größe: 5 €']
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, tiny_tokenizer):
-    """(profile, base, adapter): a random base model in a folder, an adapter that changes its answers.
-
-    Its generation settings are those that transformers reads and refuses to write: a temperature and no
-    do_sample; and it has an end token of its own.
-    """
+    """(profile, base, adapter): a random base model in a folder, an adapter that changes its answers."""
     folder = tmp_path_factory.mktemp("serving")
     base = model.tiny_model(tiny_tokenizer)
     base.save_pretrained(folder / "base")
+    # a temperature and no do_sample: transformers reads that and refuses to write it
     ends = '{"temperature": 0.6, "top_p": 0.9, "eos_token_id": [7, 8]}'
     (folder / "base" / "generation_config.json").write_text(ends)
     tiny_tokenizer.save_pretrained(folder / "base")
