@@ -14,7 +14,6 @@ import re
 import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -148,13 +147,11 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
         except Exception:
             if dist.get_world_size() == 1:
                 raise
-            traceback.print_exc()
+            sys.excepthook(*sys.exc_info())  # prints it, with the rank
             os._exit(1)  # a normal exit waits for NCCL, which waits for the others, which wait for this one
 
 
 # --- A run checked before it starts.
-
-UNCHECKED = ("", "model", "distributed", "dist_env", "packing")  # NeMo itself refuses keys elsewhere; "": top
 
 
 def recipe_file() -> Path:
@@ -176,10 +173,11 @@ def check_recipe(changes: Sequence[str] = (), gpus: int = 1, tokenizer=None) -> 
     try:  # NeMo names the file, and prints an error before it raises it
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             config, ours = (parse_args_and_load_config(str(recipe_file()), argv) for argv in ([*changes], []))
-            for name in UNCHECKED:
+            # "" is the top of the file; in the other sections NeMo itself refuses unknown keys
+            for name in ("", "model", "distributed", "dist_env", "packing"):
                 found, known = ({*(c.get(name) if name else c).to_dict()} for c in (config, ours))
                 if unknown := found - known - {"wandb", "mlflow", "mp_policy"}:
-                    said = f"{name or 'The file'} has no {min(unknown)}: it has {', '.join(known)}."
+                    said = f"{name or 'The file'} has no {min(unknown)}: it has {', '.join(sorted(known))}."
                     raise WorkshopError(said)
             return _build(config, RecipeConfig(config), gpus, tokenizer)
     except WorkshopError:
