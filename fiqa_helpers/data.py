@@ -108,18 +108,21 @@ def _find(source: str, workspace: Workspace | None) -> Path:
     raise WorkshopError(f"data is {source!r}: it must be packaged, hub, or a folder or file that exists.")
 
 
+PART = re.compile(r"-of-0*([2-9]|1\d)")  # one of several, such as train-00000-of-00003.parquet
+
+
 def _one_each(files: list[Path], folder: Path) -> dict[str, Path]:
-    """Of each split the one file whose name (or whose folder's name) begins with it."""
+    """Of each split the one file whose name (or whose folder's name) begins with it; no part of several."""
     names = {"train": "train(ing)?", "validation": "validation|valid|val|dev", "test": "test"}
     found = {}
     for split in SPLITS:
         begin = re.compile(rf"({names[split]})(?![a-z])")
         fitting = [file for file in files if begin.match(file.relative_to(folder).as_posix().lower())]
-        if len(fitting) != 1:
+        if len(fitting) != 1 or PART.search(fitting[0].name):
             listed = ", ".join(file.name for file in fitting[:4]) or "no file"
             raise WorkshopError(
-                f"{folder} has {listed} for the {split} split: keep one file whose name begins with {split} "
-                f"({', '.join(READERS)}), or a single file in all, which is split by hash."
+                f"{folder} has {listed} for the {split} split: keep one whole file whose name begins with "
+                f"{split} ({', '.join(READERS)}), or a single file in all, which is split by hash."
             )
         found[split] = fitting[0]
     return found
@@ -152,7 +155,7 @@ def _split_by_hash(rows: list[dict], sizes: tuple[int, int] | None) -> dict[str,
 MOST_QUOTES = 100  # in a cell with line breaks: beyond, an open quotation mark has most likely swallowed rows
 # NUL, terminal escapes and half a surrogate pair: no text has them, and what writes or shows a text fails.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-_LIST = re.compile(r"""\s*\[\s*(['"\]]|None).*\]\s*""", re.DOTALL)
+_LIST = re.compile(r"""\s*\[\s*((['"]|None).*)?\]\s*""", re.DOTALL)
 
 
 def read_rows(path: Path) -> Iterator[dict]:

@@ -69,16 +69,17 @@ def refuse_leak(card: dict, rows: Sequence[dict], workspace: "Workspace") -> str
 
 
 def training_questions(card: dict, workspace: "Workspace") -> set[str]:
-    """Questions, normalized, of the training and validation splits that `card` names by fingerprint.
+    """Questions, normalized, of the training and validation splits that `card` names.
 
-    They are looked for in the workspace and among the packaged rows. Empty when they are not to be found.
+    They are the packaged ones, or those in the workspace if their fingerprint is the card's. Empty when they
+    are not to be found.
     """
-    wanted = card.get("definition", {}).get("train_sha256")
-    for load in (lambda: read_processed(workspace.data), lambda: load_fiqa("packaged")):
-        with suppress(WorkshopError):  # no such files here
-            splits = load()
-            if fingerprint(splits["train"]) == wanted:
-                return {normalized(q) for part in ("train", "validation") for q in splits[part]["question"]}
+    trained = card.get("definition", {})
+    packaged = trained.get("data") == "packaged"
+    with suppress(WorkshopError):  # no such files here
+        splits = load_fiqa("packaged") if packaged else read_processed(workspace.data)
+        if packaged or fingerprint(splits["train"]) == trained.get("train_sha256"):
+            return {normalized(q) for part in ("train", "validation") for q in splits[part]["question"]}
     return set()
 
 

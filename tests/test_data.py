@@ -173,6 +173,7 @@ REFUSED = {
     ),
     "messages.jsonl": (as_lines([{"messages": turns} for turns in TURNS]), ["has ['messages']: write what"]),
     "three_rows.csv": (as_csv(ROWS[:3]), ["a single file 10"]),
+    "empty_list.csv": (lists("[]"), ["a single file 10"]),
     "nothing.jsonl": ("\n\n \n", ["a single file 10"]),
     "cut_off.jsonl": (as_lines(PAIRS)[:-5], ["line 40 column"]),
     "number.json": ("12", ["row 1, needs the columns", "has ['int']"]),
@@ -218,8 +219,10 @@ def test_a_split_that_is_not_there_or_twice(tmp_path, rows):
     refuses(tmp_path, "no file for the validation split", "a single file in all")
     for second in ("train_old.csv", "training.json", "train-00001-of-00003.parquet"):
         (tmp_path / second).write_text(GOOD, encoding="utf-8")
-        refuses(tmp_path, "train.jsonl", second, "for the train split: keep one file")
+        refuses(tmp_path, "train.jsonl", second, "for the train split: keep one whole file")
         (tmp_path / second).unlink()
+    (tmp_path / "train.jsonl").rename(tmp_path / "train-00000-of-00003.jsonl")  # a third of the rows
+    refuses(tmp_path, "train-00000-of-00003.jsonl for the train split: keep one whole file")
     for source in ("", "Hub", "/no/such/folder"):
         refuses(source, "it must be packaged, hub, or a folder or file that exists")
 

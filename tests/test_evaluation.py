@@ -301,7 +301,7 @@ def test_an_adapter_is_not_tested_on_its_lessons(workspace, fiqa_rows):
     Rows from a folder are known through notebook 01's files; where they are from elsewhere it is said.
     """
     splits = data.load_fiqa("packaged")
-    card = {"definition": {"train_sha256": data.fingerprint(splits["train"])}}
+    card = {"definition": {"data": "packaged", "train_sha256": "of answers cut to their topic"}}
     assert "None of the 100" in refuse_leak(card, list(splits["test"]), workspace)
     disguised = [{"question": f"  {splits['train'][0]['question'].upper()}?!"}]
     for rows, said in ((fiqa_rows, "548 of these 648"), (disguised, "1 of these 1")):

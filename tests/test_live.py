@@ -223,6 +223,12 @@ def test_any_text_comes_back_as_it_was(text):
     assert printable(text) in BeautifulSoup(page, "html.parser").get_text()
 
 
+def test_the_first_step_explains_its_rate():
+    """The schedule begins at zero: a tile "0, highest 0" looks like a training that learns nothing."""
+    page = draw_html(example(history=[{"step": 1, "loss": 3.0, "learning_rate": 0.0}]))
+    assert "warm-up begins at 0" in page and "highest" not in page
+
+
 def test_a_long_or_broken_history_is_drawn_small():
     """NaN in coordinates empties a chart; a picture of a thousand steps must not blow the notebook up."""
     steps = range(1, 1033)

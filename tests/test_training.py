@@ -4,7 +4,6 @@ What is slow injects faults for real into whole runs, many times or under paperm
 """
 
 import json
-import os
 import pickle
 import random
 import shutil
@@ -79,8 +78,11 @@ def killed_again(trainings, workdir: Path) -> str:
 
 
 def damaged(trainings, workdir: Path) -> str:
-    """The newest checkpoint is damaged: the one before gives the same end."""
-    os.truncate(run_folder(workdir) / "checkpoint-4" / "optimizer.pt", 1000)
+    """One bit of the newest checkpoint is another: the one before gives the same end."""
+    file = run_folder(workdir) / "checkpoint-4" / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 16
+    file.write_bytes(content)
     return "checkpoint-2"
 
 
@@ -183,7 +185,7 @@ def make_trainer(tiny_tokenizer, fiqa_rows, tmp_path):
 
 
 @pytest.mark.parametrize("logging_steps", [1, 100])
-def test_an_infinite_gradient_never_reaches_the_weights(make_trainer, logging_steps):
+def test_an_infinite_gradient_never_reaches_the_weights(make_trainer, tmp_path, logging_steps):
     """A finite loss can have a gradient that is not: clipping would turn every weight into NaN.
 
     The optimizer skips the step. With seldom logs, as on a GPU, the run stops before its next checkpoint.
@@ -199,6 +201,7 @@ def test_an_infinite_gradient_never_reaches_the_weights(make_trainer, logging_st
     next(weight for weight in weights if weight.shape[1] == 8).register_hook(infinite)  # a lora_B
     with pytest.raises(WorkshopError, match="A gradient is no number .*: lower learning_rate"):
         trainer.train()
+    assert checkpoints.steps_of(tmp_path / "run") == [2]
     after = weights if logging_steps == 1 else seen[3]
     assert all(torch.equal(one, two) for one, two in zip(seen[2], after, strict=True))
     assert any(not torch.equal(one, two) for one, two in zip(seen[1], seen[2], strict=True))
@@ -241,6 +244,18 @@ def test_pickle_in_a_checkpoint_is_refused(make_trainer, tmp_path, name):
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         make_trainer().train(resume_from_checkpoint=folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.cuda
+def test_cuda_out_of_memory_gives_advice(make_trainer):
+    """The GPU's own allocator, limited to next to nothing, has another error than the machine's."""
+    trainer = make_trainer(use_cpu=False)
+    torch.cuda.set_per_process_memory_fraction(1e-4)
+    try:
+        with pytest.raises(WorkshopError, match="Memory ran out at step 0: lower tokens_per_batch"):
+            trainer.train()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 # -- whose a folder is

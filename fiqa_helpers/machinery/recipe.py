@@ -14,7 +14,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -95,6 +95,21 @@ def deal(rows: Sequence[Row], gpus: int, tokens: int) -> list[list[list[Row]]]:
     return [split_rows(hand, tokens, "packed") for hand in hands]
 
 
+@contextlib.contextmanager
+def end_all_together() -> Iterator[None]:
+    """End this process at once on an error, also while it loads a model, so that torchrun ends the others.
+
+    A normal exit waits for NCCL, which waits for the other processes, which wait for this one.
+    """
+    try:
+        yield
+    except Exception:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            raise
+        sys.excepthook(*sys.exc_info())  # prints it, with the rank
+        os._exit(1)
+
+
 class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
     """NeMo's recipe for fine-tuning, with a bound on the tokens of a pass and reports that can be followed.
 
@@ -104,7 +119,8 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
     """
 
     def setup(self) -> None:
-        super().setup()
+        with end_all_together():
+            super().setup()
         if torch.cuda.is_available():
             lighten_norms(self.model_parts[0])
         self.tokens_per_pass = self.cfg.get("packing.tokens_per_pass")
@@ -142,13 +158,8 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
             self.boards.flush()
 
     def run_train_validation_loop(self) -> None:
-        try:
+        with end_all_together():
             super().run_train_validation_loop()
-        except Exception:
-            if dist.get_world_size() == 1:
-                raise
-            sys.excepthook(*sys.exc_info())  # prints it, with the rank
-            os._exit(1)  # a normal exit waits for NCCL, which waits for the others, which wait for this one
 
 
 # --- A run checked before it starts.
@@ -180,10 +191,8 @@ def check_recipe(changes: Sequence[str] = (), gpus: int = 1, tokenizer=None) -> 
                     said = f"{name or 'The file'} has no {min(unknown)}: it has {', '.join(sorted(known))}."
                     raise WorkshopError(said)
             return _build(config, RecipeConfig(config), gpus, tokenizer)
-    except WorkshopError:
-        raise
     except Exception as error:  # NeMo raises all kinds, bare ones too
-        raise WorkshopError(f"NeMo AutoModel can't build this run ({error}).") from error
+        raise WorkshopError(f"This run can't be built: {error}") from error
 
 
 def _build(config, recipe: RecipeConfig, gpus: int, tokenizer) -> dict[str, object]:
@@ -276,8 +285,7 @@ def run_recipe(changes: Sequence[str], panel: LivePanel, gpus: int = 1) -> Path:
     environment = os.environ | {"OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
     with (folder / "run.log").open("wb") as log, panel:
         options = dict(stdout=log, stderr=log, env=environment, start_new_session=True)
-        options["preexec_fn"] = end_with_parent if sys.platform == "linux" else None
-        process = subprocess.Popen(launch(changes, gpus), **options)
+        process = subprocess.Popen(launch(changes, gpus), preexec_fn=end_with_parent, **options)
         try:
             follow(process, folder, panel)
         finally:
@@ -291,8 +299,9 @@ def run_recipe(changes: Sequence[str], panel: LivePanel, gpus: int = 1) -> Path:
 
 
 def end_with_parent() -> None:
-    """When the kernel dies, torchrun gets SIGTERM and ends its processes (Linux: PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    """When the kernel dies, torchrun gets SIGTERM and ends its processes (PR_SET_PDEATHSIG; Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def why_it_failed(log: Path) -> str:
