@@ -14,7 +14,6 @@ import re
 import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -107,7 +106,7 @@ def end_all_together() -> Iterator[None]:
     except Exception:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             raise
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # prints it, with the rank
         os._exit(1)
 
 
@@ -165,8 +164,6 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
 
 # --- A run checked before it starts.
 
-UNCHECKED = ("", "model", "distributed", "dist_env", "packing")  # NeMo itself refuses keys elsewhere; "": top
-
 
 def recipe_file() -> Path:
     """The recipe of this project."""
@@ -187,16 +184,15 @@ def check_recipe(changes: Sequence[str] = (), gpus: int = 1, tokenizer=None) -> 
     try:  # NeMo names the file, and prints an error before it raises it
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             config, ours = (parse_args_and_load_config(str(recipe_file()), argv) for argv in ([*changes], []))
-            for name in UNCHECKED:
+            # "" is the top of the file; in the other sections NeMo itself refuses unknown keys
+            for name in ("", "model", "distributed", "dist_env", "packing"):
                 found, known = ({*(c.get(name) if name else c).to_dict()} for c in (config, ours))
                 if unknown := found - known - {"wandb", "mlflow", "mp_policy"}:
-                    said = f"{name or 'The file'} has no {min(unknown)}: it has {', '.join(known)}."
+                    said = f"{name or 'The file'} has no {min(unknown)}: it has {', '.join(sorted(known))}."
                     raise WorkshopError(said)
             return _build(config, RecipeConfig(config), gpus, tokenizer)
-    except WorkshopError:
-        raise
     except Exception as error:  # NeMo raises all kinds, bare ones too
-        raise WorkshopError(f"NeMo AutoModel can't build this run ({error}).") from error
+        raise WorkshopError(f"This run can't be built: {error}") from error
 
 
 def _build(config, recipe: RecipeConfig, gpus: int, tokenizer) -> dict[str, object]:
@@ -289,8 +285,7 @@ def run_recipe(changes: Sequence[str], panel: LivePanel, gpus: int = 1) -> Path:
     environment = os.environ | {"OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
     with (folder / "run.log").open("wb") as log, panel:
         options = dict(stdout=log, stderr=log, env=environment, start_new_session=True)
-        options["preexec_fn"] = end_with_parent if sys.platform == "linux" else None
-        process = subprocess.Popen(launch(changes, gpus), **options)
+        process = subprocess.Popen(launch(changes, gpus), preexec_fn=end_with_parent, **options)
         try:
             follow(process, folder, panel)
         finally:
@@ -304,8 +299,9 @@ def run_recipe(changes: Sequence[str], panel: LivePanel, gpus: int = 1) -> Path:
 
 
 def end_with_parent() -> None:
-    """When the kernel dies, torchrun gets SIGTERM and ends its processes (Linux: PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    """When the kernel dies, torchrun gets SIGTERM and ends its processes (PR_SET_PDEATHSIG; Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def why_it_failed(log: Path) -> str:
