@@ -149,15 +149,13 @@ def test_damaged_best_checkpoint_is_not_loaded_at_the_end(trainings, killed):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_signal_writes_a_checkpoint_and_says_how_to_go_on(trainings, unkilled, tmp_path, name):
     """A job's time is over, a terminal closes: at most the step in hand may be lost, and nothing changes."""
-    trainings.start(tmp_path)
-    manifest = run_folder(tmp_path) / "checkpoint-2" / checkpoints.MANIFEST
-    assert trainings.kill_when(manifest.is_file, signal.Signals[name]) == 1
-    newest = checkpoints.newest_complete(run_folder(tmp_path)).name
+    trainings.start(tmp_path, signal_in_step_3=signal.Signals[name])  # a checkpoint was due after step 4
+    assert trainings.wait() == 1
     assert trainings.said()[-1] == (
-        f"WorkshopError: Training was told to stop ({name}) after step {newest.removeprefix('checkpoint-')} "
-        f"of 8: run this again with the same parameters; the next run goes on from {newest}."
+        f"WorkshopError: Training was told to stop ({name}) after step 3 of 8: run this again with the same "
+        "parameters; the next run goes on from checkpoint-3."
     )
-    assert f"resuming from {newest}" in trainings.run(tmp_path)
+    assert "resuming from checkpoint-3" in trainings.run(tmp_path)
     assert result(tmp_path) == result(unkilled)
 
 
