@@ -147,7 +147,11 @@ def test_errors_in_a_sample_are_told_and_others_raised(tmp_path):
 
 def test_stop_ends_after_the_step_at_hand_with_a_checkpoint(tmp_path):
     """Stop could be obeyed late, leave no checkpoint, or let a due evaluation run for minutes first."""
-    stop = lambda panel, trainer: trainer.add_callback(at_step(11, panel.stop.set))  # noqa: E731
+
+    def stop(panel, trainer):
+        trainer.args.save_steps = 16  # an evaluation is due at step 12, a checkpoint is not
+        trainer.add_callback(at_step(11, panel.stop.set))
+
     panel, trainer, model = run_with_panel(tmp_path, 16, before=stop)
     assert trainer.state.global_step == 12 and panel.outcome == "stopped at step 12 of 16 (Stop button)"
     assert (tmp_path / "checkpoint-12" / "adapter_model.safetensors").is_file()
