@@ -7,20 +7,19 @@ settings and where they come from: contenders.yaml.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-
-import yaml
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,24 +27,36 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from notebook_trainer import arguments, clock, logged, notebook_trainer  # noqa: E402
+# ruff: noqa: E402
+import torch
+import yaml
+from datasets import Dataset
+from notebook_trainer import Clock, arguments, logged, notebook_trainer
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from fiqa_helpers.base import versions
+from fiqa_helpers.machinery.fast import attention_implementation, register_packed_attention
+from fiqa_helpers.model import reference_config
+from fiqa_helpers.profiles import PROFILES
+from fiqa_helpers.rows import StepCollator, pad_rows
 
 CONTENDERS = yaml.safe_load((HERE / "contenders.yaml").read_text(encoding="utf-8"))
-VERSIONS = ("torch", "triton", "transformers", "peft", "nemo-automodel", "liger-kernel", "trl", "datasets")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LORA = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.05, target_modules=TARGETS, task_type="CAUSAL_LM")
 PAD = 128_004
-FOLDER = Path(os.environ.get("FIQA_RANDOM_8B", f"{tempfile.gettempdir()}/fiqa_random_8b"))
-SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-SMALL |= {"head_dim": 16, "num_hidden_layers": 2}
+pad = partial(pad_rows, pad_token_id=PAD)
+FOLDER = Path(tempfile.gettempdir()) / "fiqa_random_8b"
+PARTIAL = FOLDER.with_suffix(".partial")
 WARM_UP = 3  # steps before the clock starts
 GIB = 2**30
 H100_TFLOPS = 989  # dense bf16, on paper
 
 
-def rows():
-    """A Dataset of 648 rows of random tokens, as long (prompt, answer) as the packaged FiQA rows."""
-    from datasets import Dataset
-
+def rows() -> Dataset:
+    """648 rows of random tokens, as long (prompt, answer) as the packaged FiQA rows."""
     lengths = json.loads((HERE / "fiqa_lengths.json").read_text())
     chance = random.Random(0)
     chance.shuffle(lengths)
@@ -56,17 +67,12 @@ def rows():
     return Dataset.from_list(made)
 
 
-def random_8b(attention: str = "sdpa", liger: bool = False, small: bool = False):
-    """The 8B architecture with random bf16 weights, made on the GPU in 2 s; `small`: two narrow layers."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from fiqa_helpers.model import reference_config
-
+def random_8b(attention: str = "sdpa", liger: bool = False):
+    """The 8B architecture with random bf16 weights, made on the GPU in 2 s."""
     config = reference_config()
-    config.update({"use_cache": False} | (SMALL if small else {}))
+    config.use_cache = False
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
     if liger:  # what NeMo AutoModel does with use_liger_kernel=True
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
@@ -75,29 +81,20 @@ def random_8b(attention: str = "sdpa", liger: bool = False, small: bool = False)
     return model
 
 
-def random_folder(folder: Path = FOLDER, small: bool = False) -> Path:
-    """The same as a checkpoint folder (16 GB), unless it is there; returns it.
-
-    Its tokenizer has as many tokens as the model and spells nothing: the rows are tokens already.
-    """
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    if not (folder / "config.json").exists():
-        words = models.WordLevel({f"<{n}>": n for n in range(128_256)}, unk_token="<0>")
-        named = dict(bos_token="<128000>", eos_token="<128009>", pad_token=f"<{PAD}>")
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **named)
-        partial = folder.with_name(f".{folder.name}.partial")
-        tokenizer.save_pretrained(partial)
-        random_8b(small=small).save_pretrained(partial)
-        partial.rename(folder)
-    return folder
+def tokenizer() -> PreTrainedTokenizerFast:
+    """As many tokens as the model has; it spells nothing, because the rows are tokens already."""
+    words = models.WordLevel({f"<{n}>": n for n in range(128_256)}, unk_token="<0>")
+    named = dict(bos_token="<128000>", eos_token="<128009>", pad_token=f"<{PAD}>")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **named)
 
 
-def peft_config():
-    from peft import LoraConfig
-
-    return LoraConfig(r=8, lora_alpha=32, lora_dropout=0.05, target_modules=TARGETS, task_type="CAUSAL_LM")
+def random_folder() -> None:
+    """Write `random_8b` to FOLDER (16 GB), unless it is there; a process of its own frees the GPU again."""
+    if not FOLDER.exists():
+        code = "import contenders as c; c.random_8b().save_pretrained(c.PARTIAL)"
+        subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
+        tokenizer().save_pretrained(PARTIAL)
+        PARTIAL.rename(FOLDER)
 
 
 class Counted:
@@ -108,24 +105,13 @@ class Counted:
 
     def __call__(self, rows: list) -> dict:
         batch = self.collator(rows)
-        self.tokens.append(sum(map(unpadded, batch.get("micro_batches", [batch]))))
+        parts = batch.get("micro_batches", [batch])
+        self.tokens.append(sum(int((part["input_ids"] != PAD).sum()) for part in parts))
         return batch
-
-
-def unpadded(batch: dict) -> int:
-    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
-
-
-def pad(rows: list[dict]) -> dict:
-    from fiqa_helpers.rows import pad_rows
-
-    return pad_rows(rows, PAD)
 
 
 def measured(tokens: int, seconds: float, steps: int) -> dict:
     """Tokens and operations a second. `tokens` are real ones, in `steps` steps."""
-    from fiqa_helpers.model import reference_config
-
     config = reference_config()
     # Forward and the gradient of the activations, 2 operations each for a weight and token; the frozen
     # weights' own gradient is never computed. Embedding rows are looked up. Attention is not counted.
@@ -140,96 +126,63 @@ def measured(tokens: int, seconds: float, steps: int) -> dict:
 
 def result(counted: Counted, ends: list[float], steps: int, batches: int, losses: list[float]) -> dict:
     """From the end of the warm-up to the last step, everything between included; `batches` make a step."""
-    import torch
-
     tokens = counted.tokens[WARM_UP * batches : steps * batches]
-    return dict(
-        **measured(sum(tokens), ends[1] - ends[0], steps - WARM_UP),
-        peak_reserved_gib=round(torch.cuda.max_memory_reserved() / GIB, 2),
-        losses=losses,
-    )
+    found = measured(sum(tokens), ends[1] - ends[0], steps - WARM_UP)
+    return found | dict(peak_reserved_gib=round(torch.cuda.max_memory_reserved() / GIB, 2), losses=losses)
+
+
+def timed(trainer: Trainer, steps: int, batches: int) -> dict:
+    """The result of a Trainer's training."""
+    clock = Clock(WARM_UP)
+    trainer.add_callback(clock)
+    counted = trainer.data_collator = Counted(trainer.data_collator)
+    trainer.train()
+    return result(counted, clock.ends, steps, batches, logged(trainer))
 
 
 def ours(steps: int, folder: str, name: str, held_to_gib: float | None = None, **overrides) -> dict:
     """Notebook 04's trainer, collator and adapter on profile `name`; then an evaluation of 64 rows."""
-    import torch
-
-    from fiqa_helpers.machinery.fast import attention_implementation
-    from fiqa_helpers.profiles import PROFILES
-    from fiqa_helpers.rows import StepCollator
-
     if held_to_gib:
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(held_to_gib * GIB / whole)
-    if "lora_targets" in overrides:
-        overrides["lora_targets"] = tuple(overrides["lora_targets"])
     profile = replace(PROFILES[name], max_steps=steps, **overrides)
     base = random_8b(attention_implementation(profile.layout, "cuda"), liger=True)
-    counted = Counted(StepCollator(PAD, profile.tokens_per_batch, profile.layout))
-    data, timer = rows(), clock(WARM_UP)
-    more = dict(logging_steps=5, per_device_eval_batch_size=64)
-    trainer = notebook_trainer(profile, folder, base, counted, data, data.take(64), **more)
-    trainer.add_callback(timer)
-    trainer.train()
-    found = result(counted, timer.ends, steps, 1, logged(trainer))
+    collator = StepCollator(PAD, profile.tokens_per_batch, profile.layout)
+    data, more = rows(), dict(logging_steps=5, per_device_eval_batch_size=64)
+    trainer = notebook_trainer(profile, folder, base, collator, data, data.take(64), **more)
+    found = timed(trainer, steps, 1)
     trainer.evaluate()
-    found["peak_reserved_with_evaluation_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
-    return found
+    return found | dict(peak_reserved_with_evaluation_gib=round(torch.cuda.max_memory_reserved() / GIB, 2))
 
 
 def trainer_padded(steps: int, folder: str, **settings) -> dict:
     """transformers' Trainer with Liger and no checkpointing, batch 4 padded to its longest row."""
-    from peft import get_peft_model
-    from transformers import Trainer, TrainingArguments
-
-    counted, timer = Counted(pad), clock(WARM_UP)
-    trainer = Trainer(
-        model=get_peft_model(random_8b("sdpa", liger=True), peft_config()),
-        args=arguments(TrainingArguments, folder, steps, 4, **settings),
-        train_dataset=rows(),
-        data_collator=counted,
-        callbacks=[timer],
-    )
-    trainer.train()
-    return result(counted, timer.ends, steps, 4, logged(trainer))
+    model = get_peft_model(random_8b(liger=True), LORA)
+    args = arguments(TrainingArguments, folder, steps, 4, **settings)
+    return timed(Trainer(model=model, args=args, train_dataset=rows(), data_collator=pad), steps, 4)
 
 
 def trl(steps: int, folder: str, batch: int = 4, attention: str = "sdpa", **settings) -> dict:
     """SFTTrainer; what `settings` don't say stays at its default (checkpointing, bf16 autocast, padding)."""
-    import torch
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
-
-    from fiqa_helpers.machinery.fast import register_packed_attention
 
     register_packed_attention()
     torch.manual_seed(42)
-    words = models.WordLevel(
-        {"<eos>": 0, "<pad>": 1}, "<pad>"
-    )  # SFTTrainer wants a tokenizer, and never uses it
-    named = dict(eos_token="<eos>", pad_token="<pad>")
-    timer = clock(WARM_UP)
     trainer = SFTTrainer(
-        model=random_8b(attention, liger=False),
+        model=random_8b(attention),
         args=arguments(SFTConfig, folder, steps, batch, **settings),
         train_dataset=rows(),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **named),
+        processing_class=tokenizer(),
         data_collator=None if settings.keys() & {"packing", "padding_free"} else pad,
-        peft_config=peft_config(),
-        callbacks=[timer],
+        peft_config=LORA,
     )
-    counted = trainer.data_collator = Counted(trainer.data_collator)
-    trainer.train()
-    return result(counted, timer.ends, steps, 16 // batch, logged(trainer))
+    return timed(trainer, steps, 16 // batch)
 
 
 def nemo_native(steps: int, folder: str, **settings) -> dict:
     """NeMo's own Llama with NeMo's own LoRA, batch 4 padded to its longest row, a plain training loop."""
-    import torch
     from nemo_automodel import NeMoAutoModelForCausalLM
     from nemo_automodel.components._peft.lora import PeftConfig
-    from torch.nn import functional
 
     targets = [f"*{name}" for name in TARGETS]
     model = NeMoAutoModelForCausalLM.from_pretrained(
@@ -253,8 +206,7 @@ def nemo_native(steps: int, folder: str, **settings) -> dict:
             batch = {key: value.cuda() for key, value in batch.items()}
             labels = batch.pop("labels")[:, 1:].flatten()
             out = model(**batch)
-            logits = out.logits if hasattr(out, "logits") else out
-            scores = logits[:, :-1].flatten(0, 1).float()
+            scores = getattr(out, "logits", out)[:, :-1].flatten(0, 1).float()
             loss = functional.cross_entropy(scores, labels, reduction="sum") / answers
             loss.backward()
             total += loss.detach()
@@ -272,19 +224,15 @@ def nemo_recipe(steps: int, folder: str) -> dict:
     """NeMo's recipe class through recipes/fiqa_lora.yaml on one GPU, packed by our collate function."""
     import recipe_bench
 
-    taken = recipe_bench.train(recipe_bench.random_rows(FOLDER, Path(folder), 1, 16, steps), 1)
-    timed = recipe_bench.undisturbed(taken)
-    return dict(
-        **measured(sum(row["tokens"] for row in timed), sum(row["seconds"] for row in timed), len(timed)),
-        peak_reserved_gib=round(max(row["memory_gib"] for row in taken), 2),
-        losses=[round(row["loss"], 4) for row in taken],
-    )
+    taken = recipe_bench.train(recipe_bench.random_rows(Path(folder), 1, 16, steps), 1)
+    steady = recipe_bench.undisturbed(taken)
+    found = measured(sum(row["tokens"] for row in steady), sum(row["seconds"] for row in steady), len(steady))
+    found["peak_reserved_gib"] = round(max(row["memory_gib"] for row in taken), 2)
+    return found | dict(losses=[round(row["loss"], 4) for row in taken])
 
 
 def matmul_tflops() -> float:
     """Rate of this card's bf16 matrix products: the median of 20 of size 8192."""
-    import torch
-
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     times = []
     for _ in range(25):
@@ -297,33 +245,19 @@ def matmul_tflops() -> float:
     return round(2 * 8192**3 / statistics.median(times[5:]) / 1e9, 1)
 
 
-def machine() -> dict[str, str]:
-    """What ran: the card, and the versions that matter."""
-    import torch
-
-    found = {"gpu": torch.cuda.get_device_name(0)}
-    for name in VERSIONS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=CONTENDERS)
     parser.add_argument("out", type=Path, help="JSON file to write")
-    parser.add_argument(
-        "--steps", type=int, default=12, help=f"optimizer steps, {WARM_UP} of them to warm up"
-    )
+    parser.add_argument("--steps", type=int, default=12, help=f"of the optimizer, {WARM_UP} to warm up")
     args = parser.parse_args()
     chosen = CONTENDERS[args.name]
     with tempfile.TemporaryDirectory() as folder:
         found = globals()[chosen["run"]](args.steps, folder, **chosen["settings"])
-    import torch
-
     torch.cuda.empty_cache()
     card = dict(name=args.name, title=chosen["title"], source=chosen["source"], weights="random", **found)
-    card |= {"machine": machine(), "matmul_tflops": matmul_tflops()}
+    card["machine"] = {"gpu": torch.cuda.get_device_name(0), "trl": metadata.version("trl")} | versions()
+    card["matmul_tflops"] = matmul_tflops()
     card["mfu"] = round(card["tflops"] / card["matmul_tflops"], 3)
     card["mfu_h100"] = round(card["tflops"] / H100_TFLOPS, 3)
     args.out.write_text(json.dumps(card, indent=1) + "\n")

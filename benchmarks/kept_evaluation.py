@@ -4,11 +4,10 @@
 
 SmolLM2 in fp32: the untuned model under both prompts, three seeds of profile `laptop` and the reference
 recipe, each with the guard and without; the untuned model with three training answers as examples. Each arm
-is kept in FILE.answers.json and not made again; FILE has the scores. `--untuned` makes untuned_answers.json.
+is kept in FILE.answers.json and not made again; FILE has the scores.
 """
 
 import argparse
-import functools
 import json
 import tempfile
 from dataclasses import asdict, replace
@@ -33,37 +32,17 @@ RIVALS = ("untuned plain", "untuned chat")
 TOKENS = 128  # of an answer
 LOOP = 0.1  # an answer that repeats more of its 4-grams goes round in circles
 FORUM = "Answer like a person in a forum, in at most 60 words."
-ABOUT = (
-    "The first 60 words of the untuned SmolLM2-135M-Instruct's answers to the 500 packaged training "
-    "questions in their order, greedy with the guard. Voice learns from them. Generated text, no advice."
-)
-
-
-@functools.cache
-def minilm() -> metrics.Similarity:
-    return metrics.Similarity(device=DEVICE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--rows", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=0, help="of each training (0: all of them)")
-    parser.add_argument("--untuned", action="store_true")
     args = parser.parse_args()
     run.quiet()
     splits, tokenizer = data.load_fiqa("packaged"), model.load_tokenizer(LAPTOP)
-    if args.untuned:
-        lm, questions = model.load_base(LAPTOP), splits["train"]["question"][:]
-        made = {style: ask(lm, tokenizer, questions, style) for style in ("plain", "chat")}
-        short = {style: [" ".join(said.text.split()[:60]) for said in made[style]] for style in made}
-        base.write_json(args.out, {"about": ABOUT} | short)
-        return
     trainings = {f"laptop, seed {seed}": replace(LAPTOP, seed=seed) for seed in SEEDS}
     trainings["reference recipe"] = replace(profiles.planned_profile("gpu80", REFERENCE), device=DEVICE)
-    if args.steps:
-        trainings = {name: replace(profile, max_steps=args.steps) for name, profile in trainings.items()}
-    tested, score = list(splits["test"])[: args.rows], scorer()
+    tested, score = list(splits["test"]), scorer()
     questions = [row["question"] for row in tested]
     kept = args.out.with_suffix(".answers.json")
     done = base.read_card(kept) or {}
@@ -109,7 +88,9 @@ def arms(trainings, tokenizer, train):
 def trained(profile, tokenizer, train):
     """The model after notebook 04's training with `profile`, as it is at the last step."""
     if profile.training == "topical":
-        train = data.topical_answers(train, profile.topical_words, minilm()).take(profile.train_rows)
+        train = data.topical_answers(train, profile.topical_words, metrics.Similarity(device=DEVICE)).take(
+            profile.train_rows
+        )
     encoded = rows.encode_rows(train, tokenizer, profile)
     collator = rows.StepCollator(tokenizer.pad_token_id, profile.tokens_per_batch, profile.layout)
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +110,8 @@ def ask(lm, tokenizer, questions, style, guard=GUARD, before=rows.SYSTEM_TEXT) -
 def scorer():
     """(texts, rows) -> a line a row: notebook 06's metrics, voice by stop words, nearness to the question."""
     people, untuned = evaluate.voice_texts(LAPTOP)
-    score = metrics.make_score(minilm(), people, metrics.train_voice(people, untuned))
+    minilm = metrics.Similarity(device=DEVICE)
+    score = metrics.make_score(minilm, people, metrics.train_voice(people, untuned))
 
     def stop_words(text: str) -> str:
         words = " ".join(metrics.windows(text)).split()
@@ -140,7 +122,7 @@ def scorer():
     def scores(text: str, row: dict) -> dict[str, float]:
         found = score(text, row["ground_truths"])
         found["voice_stop_words"] = metrics.voice(stops, stop_words(text))
-        return found | {"question": minilm().best(text, [row["question"]])}
+        return found | {"question": minilm.best(text, [row["question"]])}
 
     return lambda texts, tested: pd.DataFrame(map(scores, texts, tested))
 
@@ -159,9 +141,8 @@ def compared(arms: dict[str, pd.DataFrame]) -> dict:
         kind: {"rows": int(rows.sum())} | differences(plain[rows], arms["laptop"][rows])
         for kind, rows in (("untuned fails", fails), ("untuned ends", ~fails))
     }
-    by_row = {name: arm.round(3).to_dict("list") for name, arm in arms.items()}
     all_means = {name: means(arm) for name, arm in arms.items()}
-    return {"means": all_means, "against": against, "gains": gains, "rows": by_row}
+    return {"means": all_means, "against": against, "gains": gains}
 
 
 def differences(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, list[float]]:

@@ -3,7 +3,12 @@
 import time
 from collections.abc import Callable
 
+import torch
+from peft import get_peft_model
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
 from fiqa_helpers import model
+from fiqa_helpers.trainer import AnswerTrainer
 
 
 def arguments(kind: type, folder: object, steps: int, batch: int, **more: object):
@@ -32,11 +37,6 @@ def notebook_trainer(profile, folder, base, collator: Callable, train, validatio
 
     `train` and `validation` hold rows of tokens; `more` are further TrainingArguments.
     """
-    from peft import get_peft_model
-    from transformers import TrainingArguments, set_seed
-
-    from fiqa_helpers.trainer import AnswerTrainer
-
     set_seed(profile.seed)
     settings = dict(
         gradient_accumulation_steps=1,  # a batch is a step
@@ -62,19 +62,14 @@ def logged(trainer) -> list[float]:
     return [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
 
 
-def clock(warm_up: int):
-    """A Trainer callback that notes the time after `warm_up` steps and after the last, the GPU done."""
-    import torch
-    from transformers import TrainerCallback
+class Clock(TrainerCallback):
+    """Notes the time after `warm_up` steps and after the last, the GPU done."""
 
-    class Clock(TrainerCallback):
-        def __init__(self):
-            self.ends: list[float] = []
+    def __init__(self, warm_up: int):
+        self.warm_up, self.ends = warm_up, []
 
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step in (warm_up, state.max_steps):
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                self.ends.append(time.perf_counter())
-
-    return Clock()
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in (self.warm_up, state.max_steps):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.ends.append(time.perf_counter())

@@ -9,11 +9,12 @@ import json
 from pathlib import Path
 
 import jinja2
-from contenders import VERSIONS
+from matplotlib.figure import Figure
 from recipe_bench import SPEED
 
 HERE = Path(__file__).resolve().parent
 README, PAGE = HERE.parent / "README.md", HERE / "SPEED.md"
+VERSIONS = ("torch", "triton", "transformers", "peft", "nemo-automodel", "liger-kernel", "trl", "datasets")
 BEGIN, END = "<!-- speed: written by benchmarks/report.py -->", "<!-- end of speed -->"
 
 
@@ -52,8 +53,6 @@ def pages() -> list[str]:
 
 def picture() -> None:
     """Bars of tokens/s, labelled, that need no colour."""
-    from matplotlib.figure import Figure
-
     runs = [run for run in read("gpu")["runs"] if "error" not in run][::-1]
     figure = Figure(figsize=(8, 0.5 * len(runs) + 1), layout="constrained")
     axes = figure.subplots()

@@ -156,8 +156,8 @@ def ask(
 ) -> None:
     """Answer with the untuned and the tuned model side by side, as notebook 05 does.
 
-    It needs the adapter of notebook 04. Without one, a precomputed adapter answers where model, data and
-    prompt are its own, and says so.
+    It needs the adapter of notebook 04. Without one, a precomputed adapter answers where model, data, prompt
+    and training answers are its own, and says so.
     """
     values = {"profile": profile, "overrides": overrides, "workdir": workdir}
     begun = start_notebook(values | {"__annotations__": dict.fromkeys(values, str)}, "05")
@@ -177,18 +177,32 @@ def ask(
     print(show.answers(questions, answers | {"tuned": generate.generate_answers(*asked)}))
 
 
+INTERVAL = "{base:.2f} -> {tuned:.2f} ({low:+.2f} to {high:+.2f}, {rows} rows)"
+RESULTS = {  # of notebook 06's comparisons: title, and how it is written
+    "similarity": ("topic, 95 %", INTERVAL),
+    "voice": ("voice", "{base:.2f} -> {tuned:.2f}"),
+    "stopped": ("ended by itself", "{base:.0%} -> {tuned:.0%}"),
+}
+
+
 @app.command()
 def compare(folders: Folders) -> None:
-    """Lay tries side by side, a line each, from their run cards: what was set, and came out, differently."""
+    """Lay tries side by side, a column each, from their run cards: what came out, which settings differ."""
     import pandas
 
-    tries = {folder: {} for folder in folders}
-    for folder, found in tries.items():
-        for path in sorted(Path(folder).glob("outputs/run_cards/*.json")):
-            card = read_card(path)
-            found |= {card["notebook"]: card["figure"], **card["profile"]}
-    table = pandas.DataFrame(tries).sort_index().map(str, na_action="ignore")
-    print(table[table.nunique(axis=1) > 1].T.to_string(na_rep="-"))
+    tries, head = {}, ["notebook 04", *(title for title, _ in RESULTS.values()), "last notebook"]
+    for folder in folders:
+        paths = sorted(Path(folder).glob("outputs/run_cards/*.json"))
+        cards = {path.stem: card for path in paths if (card := read_card(path))}
+        found = cards.get("06", {}).get("facts", {}).get("comparisons", {})
+        one = {title: how.format(**found[name]) for name, (title, how) in RESULTS.items() if name in found}
+        if cards:
+            last = max(cards.values(), key=lambda card: card.get("written", ""))
+            one |= {"last notebook": last["notebook"], **last["profile"]}
+        tries[folder] = one | ({"notebook 04": cards["04"]["figure"]} if "04" in cards else {})
+    table = pandas.DataFrame(tries).map(str, na_action="ignore")
+    changed = [name for name in table.index if name not in head and table.loc[name].nunique() > 1]
+    print(table.reindex([*head, *changed]).to_string(na_rep="-"))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -79,19 +79,25 @@ def _files(source: str, workspace: Workspace | None) -> tuple[str, dict[str, Pat
 def _from_hub(revision: str) -> Path:
     """The folder of the hub's Parquet files; without a network, what an earlier run left in its cache.
 
-    They lie in it as `train-00000-of-00001.parquet`, or (revision refs/convert/parquet) as
-    `train/0000.parquet`.
+    They lie in the branch main as `train-00000-of-00001.parquet`; where that has a script in their place, the
+    hub's own conversion, refs/convert/parquet, has them as `train/0000.parquet`.
     """
     from huggingface_hub import snapshot_download
 
-    wanted = {"revision": revision or None, "allow_patterns": "main/*.parquet"}
-    try:
-        return Path(snapshot_download(HUB, repo_type="dataset", **wanted)) / "main"
-    except Exception as error:  # every HTTP library has a word of its own for "no network"
-        raise WorkshopError(
-            f"{HUB} cannot be had from the hub ({error!r:.150}): use data: packaged (the 648 rows of the "
-            "test split), or give a folder with the split files as data."
-        ) from None
+    reason = "no Parquet files"
+    for branch in [revision] if revision else ["main", "refs/convert/parquet"]:
+        wanted = {"revision": branch, "allow_patterns": "main/*.parquet"}
+        try:
+            folder = Path(snapshot_download(HUB, repo_type="dataset", **wanted)) / "main"
+        except Exception as error:  # every HTTP library has a word of its own for "no network"
+            reason = f"{error!r:.150}"
+        else:
+            if folder.is_dir():
+                return folder
+    raise WorkshopError(
+        f"{HUB} cannot be had from the hub ({reason}): use data: packaged (the 648 rows of the test split), "
+        "or give a folder with the split files as data."
+    )
 
 
 def _find(source: str, workspace: Workspace | None) -> Path:
@@ -102,18 +108,21 @@ def _find(source: str, workspace: Workspace | None) -> Path:
     raise WorkshopError(f"data is {source!r}: it must be packaged, hub, or a folder or file that exists.")
 
 
+PART = re.compile(r"-of-0*([2-9]|1\d)")  # one of several, such as train-00000-of-00003.parquet
+
+
 def _one_each(files: list[Path], folder: Path) -> dict[str, Path]:
-    """Of each split the one file whose name (or whose folder's name) begins with it."""
+    """Of each split the one file whose name (or whose folder's name) begins with it; no part of several."""
     names = {"train": "train(ing)?", "validation": "validation|valid|val|dev", "test": "test"}
     found = {}
     for split in SPLITS:
         begin = re.compile(rf"({names[split]})(?![a-z])")
         fitting = [file for file in files if begin.match(file.relative_to(folder).as_posix().lower())]
-        if len(fitting) != 1:
+        if len(fitting) != 1 or PART.search(fitting[0].name):
             listed = ", ".join(file.name for file in fitting[:4]) or "no file"
             raise WorkshopError(
-                f"{folder} has {listed} for the {split} split: keep one file whose name begins with {split} "
-                f"({', '.join(READERS)}), or a single file in all, which is split by hash."
+                f"{folder} has {listed} for the {split} split: keep one whole file whose name begins with "
+                f"{split} ({', '.join(READERS)}), or a single file in all, which is split by hash."
             )
         found[split] = fitting[0]
     return found
@@ -124,9 +133,13 @@ def _unique(splits: dict[str, list[dict]]) -> dict[str, list[dict]]:
     owned: dict[str, tuple[str, dict]] = {}
     for split in reversed(splits):  # the tests stay as they are
         for row in splits[split]:
-            same = " ".join(row["question"].casefold().split())  # case and the number of spaces don't count
-            owned.setdefault(same, (split, row))
+            owned.setdefault(normalized(row["question"]), (split, row))
     return {split: [row for owner, row in owned.values() if owner == split] for split in splits}
+
+
+def normalized(question: str) -> str:
+    """Two questions are the same when these are: case, punctuation and spaces don't count."""
+    return " ".join(re.findall(r"\w+", question.casefold())) or question
 
 
 def _split_by_hash(rows: list[dict], sizes: tuple[int, int] | None) -> dict[str, list[dict]]:
@@ -142,7 +155,7 @@ def _split_by_hash(rows: list[dict], sizes: tuple[int, int] | None) -> dict[str,
 MOST_QUOTES = 100  # in a cell with line breaks: beyond, an open quotation mark has most likely swallowed rows
 # NUL, terminal escapes and half a surrogate pair: no text has them, and what writes or shows a text fails.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-_LIST = re.compile(r"""\s*\[\s*(['"\]]|None).*\]\s*""", re.DOTALL)
+_LIST = re.compile(r"""\s*\[\s*((['"]|None).*)?\]\s*""", re.DOTALL)
 
 
 def read_rows(path: Path) -> Iterator[dict]:

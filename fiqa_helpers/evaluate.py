@@ -7,7 +7,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -17,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from fiqa_helpers import metrics
 from fiqa_helpers.base import WorkshopError, atomic_writer, write_card, write_json
-from fiqa_helpers.data import fingerprint, load_fiqa, read_processed
+from fiqa_helpers.data import fingerprint, load_fiqa, normalized, read_processed
 from fiqa_helpers.generate import GUARD, Answer, generate_answers
 from fiqa_helpers.metrics import METRICS, PRIMARY, Comparison, compare
 from fiqa_helpers.model import kept_run
-from fiqa_helpers.rows import build_prompt, encode, pack_rows
+from fiqa_helpers.rows import encode, pack_rows, prompt_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -70,22 +69,18 @@ def refuse_leak(card: dict, rows: Sequence[dict], workspace: "Workspace") -> str
 
 
 def training_questions(card: dict, workspace: "Workspace") -> set[str]:
-    """Questions, normalized, of the training and validation splits that `card` names by fingerprint.
+    """Questions, normalized, of the training and validation splits that `card` names.
 
-    They are looked for in the workspace and among the packaged rows. Empty when they are not to be found.
+    They are the packaged ones, or those in the workspace if their fingerprint is the card's. Empty when they
+    are not to be found.
     """
-    wanted = card.get("definition", {}).get("train_sha256")
-    for load in (lambda: read_processed(workspace.data), lambda: load_fiqa("packaged")):
-        with suppress(WorkshopError):  # no such files here
-            splits = load()
-            if fingerprint(splits["train"]) == wanted:
-                return {normalized(q) for part in ("train", "validation") for q in splits[part]["question"]}
+    trained = card.get("definition", {})
+    packaged = trained.get("data") == "packaged"
+    with suppress(WorkshopError):  # no such files here
+        splits = load_fiqa("packaged") if packaged else read_processed(workspace.data)
+        if packaged or fingerprint(splits["train"]) == trained.get("train_sha256"):
+            return {normalized(q) for part in ("train", "validation") for q in splits[part]["question"]}
     return set()
-
-
-def normalized(question: str) -> str:
-    """Two questions are the same when these are: case, punctuation and spaces don't count."""
-    return " ".join(re.findall(r"\w+", question.casefold())) or question
 
 
 def voice_texts(profile: "Profile") -> tuple[list[str], list[str]]:
@@ -137,9 +132,8 @@ class Replay:
 def prompt_texts(
     rows: Sequence[dict], tokenizer: "PreTrainedTokenizerBase", style: str = "plain"
 ) -> list[str]:
-    """What each row's model reads, as text without the BOS token, which whoever tokenizes writes itself."""
-    texts = [build_prompt(row["question"], style, tokenizer) for row in rows]
-    return [text.removeprefix(tokenizer.bos_token or "") if style == "chat" else text for text in texts]
+    """What each row's model reads, as text without the BOS token where the tokenizer writes it itself."""
+    return [prompt_text(row["question"], tokenizer, style) for row in rows]
 
 
 def answer_rows(
@@ -330,7 +324,7 @@ def evaluate(
     return Evaluated(label, folder, samples, bundle["benchmark"]["scores"])
 
 
-# --- From two evaluations to what a reader is told: comparisons, floors, changed answers, files.
+# --- From two evaluations to what a reader is told: comparisons, floors, files.
 
 Floors = dict[str, list[dict[str, float]]]  # name of the floor -> the metrics of every row
 

@@ -46,6 +46,8 @@ def generate_answers(
 ) -> list[Answer]:
     """One answer a question, in one batch. `temperature` 0 is greedy decoding.
 
+    An answer ends at the tokenizer's end token or after `max_new_tokens`; `_answer` cuts what stands behind.
+
     No sequence of `no_repeat_ngram_size` tokens occurs twice, the prompt's counted; 0 switches that off.
 
     The model is returned to the mode it was in, and the global random state is left as it was, so that

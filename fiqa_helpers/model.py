@@ -257,7 +257,8 @@ def check_adapter(folder: Path, profile: Profile) -> dict:
     Only safetensors are accepted: a pickled `adapter_model.bin` can run code when it is loaded.
 
     Raises:
-        WorkshopError: no adapter, half of one, or one for another base model, data set or prompt.
+        WorkshopError: no adapter, half of one, or one for another base model, data set, prompt or
+            training answers.
     """
     card = read_card(folder / CARD) or {}
     trained = card.get("profile")

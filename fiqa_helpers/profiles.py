@@ -139,7 +139,11 @@ def profile_name(profile: str) -> str:
 
 
 def _mapping(overrides: str) -> dict[str, Any]:
-    """The settings that `overrides` names; of training and topical_words, one brings the other along."""
+    """The settings that `overrides` names; of training and topical_words, one brings the other along.
+
+    Raises:
+        WorkshopError: no mapping, or a name that no profile has.
+    """
     try:
         wanted = yaml.safe_load(overrides) or {}
     except Exception:  # PyYAML lets ValueError, IndexError and RecursionError through

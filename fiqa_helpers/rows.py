@@ -61,8 +61,19 @@ def encode_prompt(question: str, tokenizer: "PreTrainedTokenizerBase", style: st
         before, after = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in around)
         ids = [*before, *_spelled(question, tokenizer), *after]
     bos = tokenizer.bos_token_id
-    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
+    return [bos, *ids] if adds_bos(tokenizer) and ids[:1] != [bos] else ids
+
+
+def prompt_text(question: str, tokenizer: "PreTrainedTokenizerBase", style: str = "plain") -> str:
+    """The prompt as a server wants it: without the BOS token, where the tokenizer adds it by itself."""
+    text = build_prompt(question, style, tokenizer)
+    return text.removeprefix(tokenizer.bos_token) if adds_bos(tokenizer) else text
+
+
+def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the tokenizer puts its BOS token in front of a text: Llama's does, SmolLM2's does not."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 def encode(

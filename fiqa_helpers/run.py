@@ -55,7 +55,7 @@ def start(namespace: dict, number: str) -> "Run":
 
 
 def travelled(number: str, profile: str, workspace: Workspace) -> str:
-    """The overrides of the last notebook before `number` that was run here with `profile`; says so."""
+    """The overrides of the last notebook before `number` that was run here, if with `profile`; says so."""
     cards = [read_card(workspace.run_cards / f"{before}.json") for before in NOTEBOOKS if before < number]
     match [card for card in cards if card][-1:]:
         case [{"profile": {"name": name}, "parameters": {"overrides": str(found)}, "notebook": before}]:

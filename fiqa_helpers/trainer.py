@@ -115,7 +115,8 @@ class AnswerTrainer(Trainer):
     def _listening(self):
         """SIGTERM (a job's time is over) and SIGHUP (its terminal was closed) end a run with a checkpoint.
 
-        Whoever ignores one (nohup) goes on ignoring it.
+        Only `told` is set here: `training_step` then asks for a checkpoint, and `_save_checkpoint` ends the
+        run behind it. Whoever ignores a signal (nohup) goes on ignoring it.
         """
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
         for number in [n for n in before if before[n] != signal.SIG_IGN]:
@@ -152,8 +153,10 @@ class AnswerTrainer(Trainer):
         if loss <= self.limit and not self.bad_steps.item():
             return
         problem = "A gradient is no number" if loss <= self.limit else f"The loss is {loss:.1f}"
-        way_on = checkpoints.way_on(self.args.output_dir)
-        raise WorkshopError(f"{problem} at step {self.state.global_step}: lower learning_rate; {way_on}.")
+        raise WorkshopError(
+            f"{problem} at step {self.state.global_step}: lower learning_rate in overrides and set "
+            'on_existing = "fresh".'
+        )
 
     # -- checkpoints
 

@@ -276,6 +276,9 @@ def test_compare_shows_what_differs(tmp_path, capsys):
             card["profile"]["lora_rank"], card["figure"] = rank, f"{path.stem} by {name}"
             (tmp_path / name / "outputs" / "run_cards" / path.name).write_text(json.dumps(card))
     assert command("compare", *(tmp_path / name for name in ("ann", "bob", "nobody"))) == 0
-    head, ann, bob, nobody = capsys.readouterr().out.splitlines()
-    assert "lora_rank" in head and "epochs" not in head and "06 by ann" in ann and "04 by bob" in bob
-    assert ann.split()[-1] == "8" and bob.split()[-1] == "16" and nobody.split()[-1] == "-"
+    said = dict(
+        re.split(r"  +", line.strip(), maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:]
+    )
+    assert said["lora_rank"].split() == ["8", "16", "-"] and "epochs" not in said
+    assert re.split(r"  +", said["notebook 04"]) == ["04 by ann", "04 by bob", "-"]
+    assert "rows)" in said["topic, 95 %"] and "%" in said["ended by itself"]

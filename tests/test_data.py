@@ -18,6 +18,7 @@ from fiqa_helpers.base import WorkshopError, Workspace, digest
 from fiqa_helpers.metrics import Similarity
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SCRIPT, CONVERTED = "b" * 40, "refs/convert/parquet"
 
 
 @pytest.fixture(scope="session")
@@ -125,7 +126,7 @@ def test_any_script_stays_and_control_characters_go(tmp_path, rows):
 
 def test_questions_in_two_splits_leave_the_training_side(tmp_path, rows):
     """A test question that was trained on flatters every result; rows without text teach nothing. Counted."""
-    again = rows[30] | {"question": f"  {rows[30]['question'].upper()} "}
+    again = rows[30] | {"question": f"  {rows[30]['question'].upper()} ?!"}
     twice = rows[0] | {"ground_truths": ["another answer"]}
     unusable = [{"question": "Why?", "ground_truths": nothing} for nothing in ([""], [], None)]
     unusable += [{"question": nothing, "ground_truths": ["Because."]} for nothing in (" \n", None)]
@@ -172,6 +173,7 @@ REFUSED = {
     ),
     "messages.jsonl": (as_lines([{"messages": turns} for turns in TURNS]), ["has ['messages']: write what"]),
     "three_rows.csv": (as_csv(ROWS[:3]), ["a single file 10"]),
+    "empty_list.csv": (lists("[]"), ["a single file 10"]),
     "nothing.jsonl": ("\n\n \n", ["a single file 10"]),
     "cut_off.jsonl": (as_lines(PAIRS)[:-5], ["line 40 column"]),
     "number.json": ("12", ["row 1, needs the columns", "has ['int']"]),
@@ -217,8 +219,10 @@ def test_a_split_that_is_not_there_or_twice(tmp_path, rows):
     refuses(tmp_path, "no file for the validation split", "a single file in all")
     for second in ("train_old.csv", "training.json", "train-00001-of-00003.parquet"):
         (tmp_path / second).write_text(GOOD, encoding="utf-8")
-        refuses(tmp_path, "train.jsonl", second, "for the train split: keep one file")
+        refuses(tmp_path, "train.jsonl", second, "for the train split: keep one whole file")
         (tmp_path / second).unlink()
+    (tmp_path / "train.jsonl").rename(tmp_path / "train-00000-of-00003.jsonl")  # a third of the rows
+    refuses(tmp_path, "train-00000-of-00003.jsonl for the train split: keep one whole file")
     for source in ("", "Hub", "/no/such/folder"):
         refuses(source, "it must be packaged, hub, or a folder or file that exists")
 
@@ -240,7 +244,11 @@ class Repository(SimpleHTTPRequestHandler):
 
 @pytest.mark.parametrize(
     ("revision", "name"),
-    [("", "main/{}-00000-of-00001.parquet"), ("refs/convert/parquet", "main/{}/0000.parquet")],
+    [
+        ("", "main/{}-00000-of-00001.parquet"),
+        ("", "main/{}/0000.parquet"),
+        (CONVERTED, "main/{}/0000.parquet"),
+    ],
 )
 def test_the_hub_by_its_revision_and_then_from_the_cache(tmp_path, packaged, monkeypatch, revision, name):
     """The commit must be said; without a network the cached copy serves; failing, there is a remedy."""
@@ -256,8 +264,10 @@ def test_the_hub_by_its_revision_and_then_from_the_cache(tmp_path, packaged, mon
         size = path.stat().st_size
         entries.append({"type": "file", "path": name.format(split), "size": size, "oid": "0" * 40})
     for path, content in {
-        f"revision/{revision or 'main'}": {"id": data.HUB, "sha": COMMIT},
+        "revision/main": {"id": data.HUB, "sha": COMMIT if "-of-" in name else SCRIPT},
+        f"revision/{CONVERTED}": {"id": data.HUB, "sha": COMMIT},
         f"tree/{COMMIT}": entries,
+        f"tree/{SCRIPT}": [],
     }.items():
         (api / path).parent.mkdir(parents=True, exist_ok=True)
         (api / path).write_text(json.dumps(content))

@@ -147,7 +147,11 @@ def test_errors_in_a_sample_are_told_and_others_raised(tmp_path):
 
 def test_stop_ends_after_the_step_at_hand_with_a_checkpoint(tmp_path):
     """Stop could be obeyed late, leave no checkpoint, or let a due evaluation run for minutes first."""
-    stop = lambda panel, trainer: trainer.add_callback(at_step(11, panel.stop.set))  # noqa: E731
+
+    def stop(panel, trainer):
+        trainer.args.save_steps = 16  # an evaluation is due at step 12, a checkpoint is not
+        trainer.add_callback(at_step(11, panel.stop.set))
+
     panel, trainer, model = run_with_panel(tmp_path, 16, before=stop)
     assert trainer.state.global_step == 12 and panel.outcome == "stopped at step 12 of 16 (Stop button)"
     assert (tmp_path / "checkpoint-12" / "adapter_model.safetensors").is_file()
@@ -221,6 +225,12 @@ def test_any_text_comes_back_as_it_was(text):
     sample = {"step": 1, "texts": [text], "stopped": [True]}
     page = draw_html(example(questions=["q"], samples=[sample], title="t", note=""))
     assert printable(text) in BeautifulSoup(page, "html.parser").get_text()
+
+
+def test_the_first_step_explains_its_rate():
+    """The schedule begins at zero: a tile "0, highest 0" looks like a training that learns nothing."""
+    page = draw_html(example(history=[{"step": 1, "loss": 3.0, "learning_rate": 0.0}]))
+    assert "warm-up begins at 0" in page and "highest" not in page
 
 
 def test_a_long_or_broken_history_is_drawn_small():

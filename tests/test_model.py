@@ -155,6 +155,11 @@ def test_a_tokenizer_that_pads_with_its_end_gets_a_spare_token(llama3_tokenizer,
     loaded = model.load_tokenizer(profile_of(tmp_path))
     assert loaded.pad_token == "<|finetune_right_pad_id|>" and loaded.eos_token == "<|eot_id|>"
     assert len(loaded) == len(tokenizer)  # a new token would need a larger embedding
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # and where there is none to spare
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        (tmp_path / name).write_text(text.replace("<|finetune_right_pad_id|>", "<|other|>"))
+    with pytest.raises(WorkshopError, match="no token to pad with besides its end token"):
+        model.load_tokenizer(profile_of(tmp_path))
 
 
 # --- what cannot be loaded

@@ -1,4 +1,4 @@
-"""Notebook 01 on rows that somebody else wrote: hostile text stays text, other formats and sizes work."""
+"""Notebooks 01 and 02 on rows of somebody else: hostile text stays text, other formats and sizes work."""
 
 import json
 import subprocess
@@ -69,3 +69,14 @@ def test_rows_without_words_have_groups_too(project, text):
     imports = [line for line in code["01-04"].splitlines() if "pandas" in line or "sklearn" in line]
     exec("\n".join([*imports, code["01-28"]]), names)
     assert names["sizes"].sum() == 12
+
+
+def test_no_more_is_lost_than_there_is(project, capsys):
+    """Questions alone fill the limit: 02 counted their tokens too, and 200 % of the answers were lost."""
+    notebook = nbformat.read(project / "notebooks" / "02_format_prompts.ipynb", 4)
+    (source,) = [cell.source for cell in notebook.cells if cell.id == "02-32x"]
+    whole = {"input_ids": [[1] * 60], "labels": [[-100] * 50 + [1] * 10]}
+    names = {"whole": whole, "lengths": [60], "profile": SimpleNamespace(max_length=40)}
+    exec(source, names | {"REFERENCE": SimpleNamespace(max_length=55)})
+    said = capsys.readouterr().out
+    assert "100.0% of all answer tokens" in said and " 50.0% of all answer tokens" in said

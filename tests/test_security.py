@@ -115,7 +115,8 @@ def test_whole_tutorial_contacts_nobody_and_writes_down_no_secret(project, tmp_p
     """No component may phone home, not even where no network is there; tokens stay in the environment."""
     work, trace = tmp_path / "work", tmp_path / "strace.log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_HUB")}
-    values = "{model: packaged, max_steps: 2, batch_size: 2, eval_rows: 2, eval_steps: 1, max_new_tokens: 8}"
+    values = "{model: packaged, max_steps: 2, train_rows: 3, batch_size: 4, eval_rows: 2, eval_steps: 1, "
+    values += "max_new_tokens: 8}"  # fewer rows than a step takes, as of a small file of one's own
     words = ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto", "-o", trace]
     words += [sys.executable, "-m", "fiqa_helpers", "run", "--profile", "tiny", "--overrides", values]
     words += ["--workdir", work, "--only", "00-06"]  # in 07 torchrun resolves a name once, natively

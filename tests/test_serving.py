@@ -27,14 +27,11 @@ QUESTIONS = ["What is a bond?", 'Is "5 % a month" <b>safe</b>? Größe: 5 €']
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, tiny_tokenizer):
-    """(profile, base, adapter): a random base model in a folder, an adapter that changes its answers.
-
-    Its generation settings are those that transformers reads and refuses to write: a temperature and no
-    do_sample; and it has an end token of its own.
-    """
+    """(profile, base, adapter): a random base model in a folder, an adapter that changes its answers."""
     folder = tmp_path_factory.mktemp("serving")
     base = model.tiny_model(tiny_tokenizer)
     base.save_pretrained(folder / "base")
+    # a temperature and no do_sample: transformers reads that and refuses to write it
     ends = '{"temperature": 0.6, "top_p": 0.9, "eos_token_id": [7, 8]}'
     (folder / "base" / "generation_config.json").write_text(ends)
     tiny_tokenizer.save_pretrained(folder / "base")
@@ -150,48 +147,39 @@ def test_gguf_file_is_the_merged_model(smollm2, tmp_path):
     words = AutoTokenizer.from_pretrained(target.parent, gguf_file=target.name)
     found = ship.probe_logits(packed, words, "plain")
     assert (found - expected).abs().max() < 0.05 * expected.std()
-    assert "gguf" not in sys.modules or "converter" not in str(sys.modules["gguf"].__file__)
 
 
-def card_of(folder: Path, profile=PROFILES["laptop"], evaluation=None, merged=False, **changes) -> ModelCard:
+def card_of(folder: Path, profile=PROFILES["laptop"], evaluation=None, merged=False) -> ModelCard:
     """The card of a run, as huggingface_hub reads it."""
-    run = {
-        "profile": asdict(profile),
-        "outcome": "finished 24 steps",
-        "versions": {"torch": "2.14.1"},
-    } | changes
+    run = {"profile": asdict(profile), "outcome": "finished 24 steps", "versions": {"torch": "2.14.1"}}
     return ModelCard.load(ship.write_model_card(folder, run, evaluation, merged))
 
 
-def test_a_card_names_base_licence_data_and_prompt(tmp_path):
-    """A wrong licence or base model is a false statement about somebody's work; a path is nobody's model."""
+def test_a_card_says_what_is_known(tmp_path):
+    """A wrong licence is a false statement about somebody's work, and a path is nobody's model."""
     card = card_of(tmp_path)
     assert (card.data.license, card.data.base_model) == ("apache-2.0", ship.SMOLLM2)
     assert (card.data.base_model_relation, card.data.library_name) == ("adapter", "peft")
-    prompt = build_prompt("{question}")
-    for words in ("test split", "CC-BY-SA-4.0", f"\n{prompt}\n", "rank 8", "has not been evaluated"):
+    for words in ("test split", "CC-BY-SA-4.0", build_prompt("{question}"), "has not been evaluated"):
         assert words in card.text, words
     card = card_of(tmp_path, PROFILES["gpu80"], merged=True)
     assert (card.data.license, card.data.base_model_relation) == ("other", "merge")
     for words in ("NVIDIA Open Model License", "Llama 3.1 Community License", "Built with Llama"):
         assert words in card.text
-    unfinished = dict(finished=False, outcome="stopped at step 3 of 10")
-    card = card_of(tmp_path, replace(PROFILES["laptop"], model="/models/mine"), **unfinished)
-    assert card.data.base_model is None and "did not finish: stopped at step 3 of 10" in card.text
+    assert card_of(tmp_path, replace(PROFILES["laptop"], model="/models/mine")).data.base_model is None
 
 
 def test_a_card_has_no_metric_without_floor_and_interval(tmp_path):
     """A bare 0.40 would be read as 40 %."""
     found = asdict(compare("similarity", [0.4, 0.5, 0.3, 0.45, 0.2], [0.5, 0.5, 0.35, 0.4, 0.3]))
     floors = {"echo the question": {"similarity": 0.527}}
-    evaluation = {"rows": 5, "test_rows": 100, "comparisons": {"similarity": found}, "floors": floors}
+    evaluation = {"rows": 5, "comparisons": {"similarity": found}, "floors": floors}
     text = card_of(tmp_path, evaluation=evaluation).text
     rows = [row for row in text.splitlines() if "| base |" in row or "| semantic similarity" in row]
-    head, line = ([cell.strip() for cell in row.split("|")] for row in rows)
-    cells = dict(zip(head, line, strict=True))
+    cells = dict(zip(*([cell.strip() for cell in row.split("|")] for row in rows), strict=True))
     assert [cells["base"], cells["tuned"]] == [f"{found['base']:.3f}", f"{found['tuned']:.3f}"]
     assert cells["95 % interval"] == f"{found['low']:+.3f} to {found['high']:+.3f}"
-    assert cells["echo the question"] == "0.527" and "5 of 100 test rows" in text
+    assert cells["echo the question"] == "0.527"
     del evaluation["floors"]
     with pytest.raises(KeyError):
         card_of(tmp_path, evaluation=evaluation)

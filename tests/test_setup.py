@@ -63,6 +63,16 @@ def test_package_holds_its_data():
             assert path.suffix == ".py" or any(map(path.match, settings["package-data"][name])), path.name
 
 
+def test_import_is_cheap():
+    """Everything imports the package first, and `--help` waits ten seconds where a module brings torch."""
+    heavy = {"torch", "transformers", "datasets", "peft", "pandas", "matplotlib", "nemo_automodel"}
+    code = "import sys, time; a = time.perf_counter(); import fiqa_helpers; print(time.perf_counter() - a)\n"
+    code += f"import fiqa_helpers.__main__; print({heavy} & set(sys.modules))"
+    said = [subprocess.check_output([sys.executable, "-c", code], text=True).split() for _ in range(2)]
+    assert min(float(seconds) for seconds, *_ in said) <= 0.5
+    assert said[0][1:] == ["set()"]
+
+
 def make(*arguments: str, cwd: Path, before: tuple = (), **environment: str) -> subprocess.CompletedProcess:
     """make as in a new shell, after the words `before`; what it and its programs said."""
     command = [*before, "make", *arguments]

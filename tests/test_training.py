@@ -4,7 +4,6 @@ What is slow injects faults for real into whole runs, many times or under paperm
 """
 
 import json
-import os
 import pickle
 import random
 import shutil
@@ -79,8 +78,11 @@ def killed_again(trainings, workdir: Path) -> str:
 
 
 def damaged(trainings, workdir: Path) -> str:
-    """The newest checkpoint is damaged: the one before gives the same end."""
-    os.truncate(run_folder(workdir) / "checkpoint-4" / "optimizer.pt", 1000)
+    """One bit of the newest checkpoint is another: the one before gives the same end."""
+    file = run_folder(workdir) / "checkpoint-4" / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 16
+    file.write_bytes(content)
     return "checkpoint-2"
 
 
@@ -147,15 +149,13 @@ def test_damaged_best_checkpoint_is_not_loaded_at_the_end(trainings, killed):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_signal_writes_a_checkpoint_and_says_how_to_go_on(trainings, unkilled, tmp_path, name):
     """A job's time is over, a terminal closes: at most the step in hand may be lost, and nothing changes."""
-    trainings.start(tmp_path)
-    manifest = run_folder(tmp_path) / "checkpoint-2" / checkpoints.MANIFEST
-    assert trainings.kill_when(manifest.is_file, signal.Signals[name]) == 1
-    newest = checkpoints.newest_complete(run_folder(tmp_path)).name
+    trainings.start(tmp_path, signal_in_step_3=signal.Signals[name])  # a checkpoint was due after step 4
+    assert trainings.wait() == 1
     assert trainings.said()[-1] == (
-        f"WorkshopError: Training was told to stop ({name}) after step {newest.removeprefix('checkpoint-')} "
-        f"of 8: run this again with the same parameters; the next run goes on from {newest}."
+        f"WorkshopError: Training was told to stop ({name}) after step 3 of 8: run this again with the same "
+        "parameters; the next run goes on from checkpoint-3."
     )
-    assert f"resuming from {newest}" in trainings.run(tmp_path)
+    assert "resuming from checkpoint-3" in trainings.run(tmp_path)
     assert result(tmp_path) == result(unkilled)
 
 
@@ -183,7 +183,7 @@ def make_trainer(tiny_tokenizer, fiqa_rows, tmp_path):
 
 
 @pytest.mark.parametrize("logging_steps", [1, 100])
-def test_an_infinite_gradient_never_reaches_the_weights(make_trainer, logging_steps):
+def test_an_infinite_gradient_never_reaches_the_weights(make_trainer, tmp_path, logging_steps):
     """A finite loss can have a gradient that is not: clipping would turn every weight into NaN.
 
     The optimizer skips the step. With seldom logs, as on a GPU, the run stops before its next checkpoint.
@@ -197,8 +197,9 @@ def test_an_infinite_gradient_never_reaches_the_weights(make_trainer, logging_st
         return gradient * float("inf") if step == 2 else gradient
 
     next(weight for weight in weights if weight.shape[1] == 8).register_hook(infinite)  # a lora_B
-    with pytest.raises(WorkshopError, match="A gradient is no number .* goes on from checkpoint-2"):
+    with pytest.raises(WorkshopError, match="A gradient is no number .*: lower learning_rate"):
         trainer.train()
+    assert checkpoints.steps_of(tmp_path / "run") == [2]
     after = weights if logging_steps == 1 else seen[3]
     assert all(torch.equal(one, two) for one, two in zip(seen[2], after, strict=True))
     assert any(not torch.equal(one, two) for one, two in zip(seen[1], seen[2], strict=True))
@@ -216,7 +217,7 @@ def test_exploding_loss_stops_and_is_not_saved(make_trainer, tmp_path, factor, t
         return logits * factor if trainer.state.global_step >= 2 and head.training == training else logits
 
     trainer.model.get_output_embeddings().register_forward_hook(explode)
-    said = rf"The loss is (nan|\d\d+\.\d) at step .*: lower learning_rate; .* from checkpoint-{last}\."
+    said = r"The loss is (nan|\d\d+\.\d) at step .*: lower learning_rate .* on_existing"
     with pytest.raises(WorkshopError, match=said):
         trainer.train()
     assert checkpoints.steps_of(tmp_path / "run")[0] == last
@@ -241,6 +242,18 @@ def test_pickle_in_a_checkpoint_is_refused(make_trainer, tmp_path, name):
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         make_trainer().train(resume_from_checkpoint=folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.cuda
+def test_cuda_out_of_memory_gives_advice(make_trainer):
+    """The GPU's own allocator, limited to next to nothing, has another error than the machine's."""
+    trainer = make_trainer(use_cpu=False)
+    torch.cuda.set_per_process_memory_fraction(1e-4)
+    try:
+        with pytest.raises(WorkshopError, match="Memory ran out at step 0: lower tokens_per_batch"):
+            trainer.train()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 # -- whose a folder is
@@ -270,8 +283,14 @@ def test_run_with_other_settings_is_refused_with_the_difference(tmp_path, monkey
         checkpoints.open_run(workspace, TINY, ROWS | {"validation": "c" * 64})
     smaller = replace(TINY, tokens_per_batch=256)  # the advice after memory ran out
     assert checkpoints.open_run(workspace, smaller, ROWS).resume_from.name == "checkpoint-2"
-    monkeypatch.setattr(checkpoints, "SYSTEM_TEXT", "Answer briefly.")
-    with pytest.raises(WorkshopError, match=r"\(prompt_sha256 was"):
+    with pytest.raises(WorkshopError, match="must be resume or fresh"):
+        checkpoints.open_run(workspace, TINY, ROWS, "frsh")
+    with monkeypatch.context() as other:
+        other.setattr(checkpoints, "SYSTEM_TEXT", "Answer briefly.")
+        with pytest.raises(WorkshopError, match=r"\(prompt_sha256 was"):
+            checkpoints.open_run(workspace, TINY, ROWS)
+    (run_folder(tmp_path) / "run.json").unlink()
+    with pytest.raises(WorkshopError, match="of an unknown run"):
         checkpoints.open_run(workspace, TINY, ROWS)
 
 

@@ -56,6 +56,8 @@ def train(job: dict, tokenizer, splits) -> None:
     class Phases(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             phase[0], phase[1] = 0, state.global_step
+            if state.global_step == 2 and "signal_in_step_3" in job:
+                os.kill(os.getpid(), job["signal_in_step_3"])
             if "megabytes_more" in job:
                 now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 most = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -167,13 +169,13 @@ class Trainings:
     def alive(self) -> bool:
         return Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
-    def kill_when(self, happened: Callable[[], bool], number=signal.SIGKILL, delay=0.0) -> int:
-        """Send a signal as soon as something has happened, or later; returns the exit status."""
+    def kill_when(self, happened: Callable[[], bool], delay=0.0) -> int:
+        """SIGKILL as soon as something has happened, or later; returns the exit status."""
         while not happened():
             assert self.alive(), self.said()
             time.sleep(0.0005)
         time.sleep(delay)
-        os.kill(self.process, number)
+        os.kill(self.process, signal.SIGKILL)
         return self.wait()
 
     def kill_in(self, workdir: Path, phase: str, delay: float, from_step=0, **job) -> str:

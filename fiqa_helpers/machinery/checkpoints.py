@@ -97,7 +97,7 @@ class TrainingRun:
 
 
 def open_run(
-    workspace: Workspace, profile: Profile, rows: dict[str, str], on_existing="resume"
+    workspace: Workspace, profile: Profile, rows: dict[str, str], on_existing: str = "resume"
 ) -> TrainingRun:
     """Begin, resume or recognise as finished the training run in `checkpoints/run`.
 
@@ -108,6 +108,8 @@ def open_run(
         WorkshopError: the folder holds a run with other settings, rows, model or prompt (names them), or
             another process trains in it.
     """
+    if on_existing not in ("resume", "fresh"):
+        raise WorkshopError(f"on_existing is {on_existing!r}: it must be resume or fresh.")
     folder, final = workspace.checkpoints / "run", workspace.final_model
     take(folder)
     if on_existing == "fresh":
@@ -149,7 +151,10 @@ def refuse_other(folder: Path, definition: dict) -> None:
     Raises:
         WorkshopError: with the differences.
     """
-    known = (read_card(folder / "run.json") or {}).get("definition", definition)
+    known = (read_card(folder / "run.json") or {}).get("definition")
+    if known is None and steps_of(folder):
+        raise WorkshopError(f'{folder} holds checkpoints of an unknown run: set on_existing = "fresh".')
+    known = known or definition
     changed = [key for key in definition if known.get(key) != definition[key]]
     said = "; ".join(f"{key} was {known.get(key)!r} and is now {definition[key]!r}" for key in changed)
     if said:

@@ -47,8 +47,9 @@ class LivePanel(TrainerCallback, ExportableState):
     Give it to the Trainer as a callback and train inside `with panel:`. In JupyterLab it is drawn while the
     training runs, also on a page that was reloaded meanwhile; elsewhere (papermill, nbmake, a script) it
     writes a line to stderr every ten seconds. What stays is one line of text and one picture. Stop ends the
-    training after the step at hand, with a checkpoint; the interrupt button (KeyboardInterrupt) ends the
-    block at once, without an error. `panel.stopped` says why training ended early, `panel.step` where.
+    training after the step at hand, with a checkpoint, or in an evaluation at once; the interrupt button
+    (KeyboardInterrupt) ends the block at once, without an error. `panel.stopped` says why training ended
+    early, `panel.step` where.
     History and samples travel in the checkpoints' trainer_state.json, so that a resumed run shows all.
 
     Args:

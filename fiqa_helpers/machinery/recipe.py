@@ -14,8 +14,7 @@ import re
 import signal
 import subprocess
 import sys
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -34,8 +33,8 @@ from fiqa_helpers import data, model
 from fiqa_helpers.base import WorkshopError, project_root
 from fiqa_helpers.machinery.fast import lighten_norms, register_packed_attention
 from fiqa_helpers.machinery.live import TRAINING, LivePanel
-from fiqa_helpers.machinery.machine import NEMOTRON, peak_memory_gib
-from fiqa_helpers.profiles import planned_profile
+from fiqa_helpers.machinery.machine import NEMOTRON, cpu_cores, peak_memory_gib
+from fiqa_helpers.profiles import PROFILES
 from fiqa_helpers.rows import IGNORE_INDEX, Row, encode, pack_rows, split_rows
 
 register_packed_attention()  # before a model with `attn_implementation: packed_varlen` is loaded
@@ -61,8 +60,7 @@ def shift(row: Row) -> Row:
 
 def load_tokenizer(name: str, revision: str = "main", trust_remote_code: bool = False):
     """The notebooks' tokenizer. NeMo adds `trust_remote_code`; whatever it says, no model's code is run."""
-    changes = json.dumps({"model": name, "model_revision": revision})
-    return model.load_tokenizer(planned_profile("gpu80", changes))
+    return model.load_tokenizer(replace(PROFILES["gpu80"], model=name, model_revision=revision))
 
 
 def packed_collate(rows: Sequence[Row]) -> dict[str, object]:
@@ -97,6 +95,21 @@ def deal(rows: Sequence[Row], gpus: int, tokens: int) -> list[list[list[Row]]]:
     return [split_rows(hand, tokens, "packed") for hand in hands]
 
 
+@contextlib.contextmanager
+def end_all_together() -> Iterator[None]:
+    """End this process at once on an error, also while it loads a model, so that torchrun ends the others.
+
+    A normal exit waits for NCCL, which waits for the other processes, which wait for this one.
+    """
+    try:
+        yield
+    except Exception:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            raise
+        sys.excepthook(*sys.exc_info())  # prints it, with the rank
+        os._exit(1)
+
+
 class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
     """NeMo's recipe for fine-tuning, with a bound on the tokens of a pass and reports that can be followed.
 
@@ -106,7 +119,8 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
     """
 
     def setup(self) -> None:
-        super().setup()
+        with end_all_together():
+            super().setup()
         if torch.cuda.is_available():
             lighten_norms(self.model_parts[0])
         self.tokens_per_pass = self.cfg.get("packing.tokens_per_pass")
@@ -144,18 +158,11 @@ class FiqaRecipe(TrainFinetuneRecipeForNextTokenPrediction):
             self.boards.flush()
 
     def run_train_validation_loop(self) -> None:
-        try:
+        with end_all_together():
             super().run_train_validation_loop()
-        except Exception:
-            if dist.get_world_size() == 1:
-                raise
-            traceback.print_exc()
-            os._exit(1)  # a normal exit waits for NCCL, which waits for the others, which wait for this one
 
 
 # --- A run checked before it starts.
-
-UNCHECKED = ("", "model", "distributed", "dist_env", "packing")  # NeMo itself refuses keys elsewhere; "": top
 
 
 def recipe_file() -> Path:
@@ -177,16 +184,15 @@ def check_recipe(changes: Sequence[str] = (), gpus: int = 1, tokenizer=None) -> 
     try:  # NeMo names the file, and prints an error before it raises it
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             config, ours = (parse_args_and_load_config(str(recipe_file()), argv) for argv in ([*changes], []))
-            for name in UNCHECKED:
+            # "" is the top of the file; in the other sections NeMo itself refuses unknown keys
+            for name in ("", "model", "distributed", "dist_env", "packing"):
                 found, known = ({*(c.get(name) if name else c).to_dict()} for c in (config, ours))
                 if unknown := found - known - {"wandb", "mlflow", "mp_policy"}:
-                    said = f"{name or 'The file'} has no {min(unknown)}: it has {', '.join(known)}."
+                    said = f"{name or 'The file'} has no {min(unknown)}: it has {', '.join(sorted(known))}."
                     raise WorkshopError(said)
             return _build(config, RecipeConfig(config), gpus, tokenizer)
-    except WorkshopError:
-        raise
     except Exception as error:  # NeMo raises all kinds, bare ones too
-        raise WorkshopError(f"NeMo AutoModel can't build this run ({error}).") from error
+        raise WorkshopError(f"This run can't be built: {error}") from error
 
 
 def _build(config, recipe: RecipeConfig, gpus: int, tokenizer) -> dict[str, object]:
@@ -273,12 +279,13 @@ def run_recipe(changes: Sequence[str], panel: LivePanel, gpus: int = 1) -> Path:
     report = check_recipe(changes, gpus)
     folder, panel.total = report["folder"], report["steps"]
     folder.mkdir(parents=True, exist_ok=True)
-    # torchrun's own choice is one thread
-    environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() // gpus or 1), "TQDM_DISABLE": "1"}
-    with (folder / "run.log").open("ab") as log, panel:
+    for earlier in folder.glob("*.jsonl"):  # of an attempt that ended before its first checkpoint
+        earlier.unlink()
+    threads = str(cpu_cores() // gpus or 1)  # torchrun's own choice is one
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
+    with (folder / "run.log").open("wb") as log, panel:
         options = dict(stdout=log, stderr=log, env=environment, start_new_session=True)
-        options["preexec_fn"] = end_with_parent if sys.platform == "linux" else None
-        process = subprocess.Popen(launch(changes, gpus), **options)
+        process = subprocess.Popen(launch(changes, gpus), preexec_fn=end_with_parent, **options)
         try:
             follow(process, folder, panel)
         finally:
@@ -292,8 +299,9 @@ def run_recipe(changes: Sequence[str], panel: LivePanel, gpus: int = 1) -> Path:
 
 
 def end_with_parent() -> None:
-    """When the kernel dies, torchrun gets SIGTERM and ends its processes (Linux: PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    """When the kernel dies, torchrun gets SIGTERM and ends its processes (PR_SET_PDEATHSIG; Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def why_it_failed(log: Path) -> str:

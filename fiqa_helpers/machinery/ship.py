@@ -19,10 +19,10 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from fiqa_helpers import model
-from fiqa_helpers.base import WorkshopError
+from fiqa_helpers.base import WorkshopError, disk_errors
 from fiqa_helpers.metrics import table
 from fiqa_helpers.profiles import Profile
-from fiqa_helpers.rows import build_prompt, encode_prompt
+from fiqa_helpers.rows import build_prompt, encode_prompt, prompt_text
 
 # --- An adapter written into its base model: a plain Hugging Face folder that any server loads, compared.
 
@@ -48,13 +48,16 @@ class Merged:
 def merge_adapter(profile: Profile, base: str, adapter: Path, target: Path) -> Merged:
     """Write `base` (hub id or folder) and `adapter` as one model to `target`, load it again and compare.
 
-    The tokenizer goes with it. Generation settings are those that were trained and evaluated: greedy, ended
-    by the base's end tokens and the training's, padded as in training. One model is in memory at a time.
+    The tokenizer goes with it. Generation is greedy, without the guard of notebook 06, ended by the base's
+    end tokens and the training's, padded as in training. One model is in memory at a time.
 
     Raises:
-        WorkshopError: half an adapter, or one of another base model; or the merged model answers differently.
+        WorkshopError: `target` is there; half an adapter, or one of another base model; the merged model
+            answers differently; the disk is full.
     """
-    model.check_fit(adapter, AutoConfig.from_pretrained(base))
+    if target.exists():
+        raise WorkshopError(f"{target} is there already: delete it, or name another folder.")
+    model.check_fit(adapter, AutoConfig.from_pretrained(base, revision=profile.model_revision))
     tokenizer = model.load_tokenizer(profile)
     tuned = PeftModel.from_pretrained(plain_model(profile, base), str(adapter)).eval()
     expected = probe_logits(tuned, tokenizer, profile.prompt)
@@ -63,7 +66,8 @@ def merge_adapter(profile: Profile, base: str, adapter: Path, target: Path) -> M
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
     merged.generation_config = GenerationConfig(eos_token_id=sorted(ends), **tokens)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    full = disk_errors(target.parent, "name a folder on another disk")
+    with full, tempfile.TemporaryDirectory(dir=target.parent) as folder:
         partial = Path(folder) / "merged"
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -129,13 +133,6 @@ def serving(log: Path) -> Iterator[str]:
     finally:
         process.kill()  # it has nothing to save
         process.wait()
-
-
-def prompt_text(question: str, tokenizer, style: str = "plain") -> str:
-    """The prompt as a server wants it: without the BOS token, where the tokenizer adds it by itself."""
-    text = build_prompt(question, style, tokenizer)
-    adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-    return text.removeprefix(tokenizer.bos_token) if adds_bos else text
 
 
 def gguf_lines(merged: Path, target: Path, converter: Path, python: str = "python") -> list[str]:
