@@ -65,7 +65,7 @@ def test_a_training_and_its_playground_on_a_laptop(served, lab, page):
     page.keyboard.type("Is a <b>bond</b> safer than a stock?")
     for key in ("Tab", "ArrowRight", "ArrowRight", "ArrowRight", "Tab"):
         page.keyboard.press(key)
-    assert page.locator(".widget-readout").first.inner_text() == "0.3"
+    assert float(page.locator(".widget-readout").first.inner_text()) == 0.3
     focus = "() => document.activeElement.textContent.trim()"
     for _ in range(8):
         if page.evaluate(focus) != "Answer":
