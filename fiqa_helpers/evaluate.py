@@ -65,7 +65,8 @@ def refuse_leak(card: dict, rows: Sequence[dict], workspace: "Workspace") -> str
             f"{shared[0][:60]!r}), so its figures would mean nothing: take rows that it has not "
             "seen, or train it on the hub's training split."
         )
-    return f"None of the {len(rows)} test rows is among its {len(trained)} training and validation questions."
+    known = f"the {len(trained)} training and validation questions of the adapter"
+    return f"None of the {len(rows)} test rows is among {known}."
 
 
 def training_questions(card: dict, workspace: "Workspace") -> set[str]:
