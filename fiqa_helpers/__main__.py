@@ -174,7 +174,7 @@ def ask(
     asked = (tuned, tokenizer, questions, profile.prompt, profile.max_new_tokens)
     with tuned.disable_adapter():
         answers = {"base": generate.generate_answers(*asked)}
-    print(show.answers(questions, answers | {"tuned": generate.generate_answers(*asked)}))
+    print(show.answers(questions, answers | {"tuned": generate.generate_answers(*asked)}).text)
 
 
 INTERVAL = "{base:.2f} -> {tuned:.2f} ({low:+.2f} to {high:+.2f}, {rows} rows)"
