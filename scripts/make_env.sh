@@ -60,7 +60,7 @@ build() {
     if [ -e "$ours" ]; then
         python=$(scripts/find_python.sh)  # before anything is deleted
         say "Making $venv again: it is unfinished, or made for another state of the project."
-        rm -rf "$venv"
+        find "$venv" -mindepth 1 ! -path "$ours" -delete  # interrupted, it is still ours to delete
     elif [ -e "$venv" ] && [ ! -e "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv")" ]; then
         say "$venv is not a virtual environment: move it away, or choose another folder with make VENV=..."
         exit 1
