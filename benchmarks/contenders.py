@@ -256,7 +256,8 @@ def main() -> None:
         found = globals()[chosen["run"]](args.steps, folder, **chosen["settings"])
     torch.cuda.empty_cache()
     card = dict(name=args.name, title=chosen["title"], source=chosen["source"], weights="random", **found)
-    card["machine"] = {"gpu": torch.cuda.get_device_name(0), "trl": metadata.version("trl")} | versions()
+    more = {name: metadata.version(name) for name in ("trl", "triton", "liger-kernel")}
+    card["machine"] = {"gpu": torch.cuda.get_device_name(0)} | more | versions()
     card["matmul_tflops"] = matmul_tflops()
     card["mfu"] = round(card["tflops"] / card["matmul_tflops"], 3)
     card["mfu_h100"] = round(card["tflops"] / H100_TFLOPS, 3)

@@ -23,6 +23,7 @@ def test_every_contender_has_a_source_and_a_result_or_is_named_as_missing(projec
         assert callable(getattr(contenders, contender["run"]))
         first = contender["source"].split(" ")[0].strip(",")
         assert first.startswith("https://") or (project / first).is_file(), name
+    assert all(run["source"].startswith("https://") for run in report.read("unsloth")["runs"])
 
 
 def test_memory_ledger_within_a_tenth_of_what_was_measured():
