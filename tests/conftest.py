@@ -97,7 +97,7 @@ def one_thread():
 
 
 # The laptop run, shortened: every cell runs, on the real model and real rows, in half the time.
-SHORT = "{max_steps: 6, eval_steps: 3, sample_steps: 3, eval_rows: 6, max_new_tokens: 32, batch_size: 4}"
+SHORT = "{max_steps: 6, eval_steps: 3, sample_steps: 3, eval_rows: 6, max_new_tokens: 32, batch_size: 2}"
 
 
 def add_solved(notebook: Path, short: bool) -> None:
