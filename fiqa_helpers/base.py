@@ -157,7 +157,7 @@ def locked(path: Path, busy: str = "") -> Iterator[None]:
         raise WorkshopError(busy) from None
 
 
-FULL_DISK = ("os error 28", "inline_container", "iostream error")  # of safetensors, torch and tokenizers
+FULL_DISK = ("os error 28", "os error 122", "inline_container", "iostream error")  # of the libraries below us
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def load_base(profile: Profile, attn_implementation: str = "sdpa") -> "PreTraine
         return model.to(profile.device).eval()
     from nemo_automodel import NeMoAutoModelForCausalLM
 
-    with _load_errors(profile), nemo_on_cpu(), refuse_missing_weights():
+    with _load_errors(profile), nemo_on_cpu(profile.device), refuse_missing_weights():
         _require_safetensors(profile)
         model = NeMoAutoModelForCausalLM.from_pretrained(
             model_path(profile),
@@ -89,7 +89,7 @@ def load_base(profile: Profile, attn_implementation: str = "sdpa") -> "PreTraine
             dtype=dtype,
             force_hf=True,
             attn_implementation=attn_implementation,
-            use_liger_kernel=torch.cuda.is_available(),
+            use_liger_kernel=profile.device == "cuda",
         )
     for parameter in model.parameters():  # NeMo 0.7.0 keeps a checkpoint's dtype where it is the wider one;
         parameter.data = parameter.data.to(dtype)  # not model.to(dtype): RoPE's buffers stay fp32
@@ -97,15 +97,15 @@ def load_base(profile: Profile, attn_implementation: str = "sdpa") -> "PreTraine
 
 
 @contextlib.contextmanager
-def nemo_on_cpu() -> Iterator[None]:
-    """Let NeMo AutoModel 0.7.0 load a model without CUDA; does nothing where CUDA is there.
+def nemo_on_cpu(device: str) -> Iterator[None]:
+    """Let NeMo AutoModel 0.7.0 load a model to the CPU, with CUDA or without; does nothing for "cuda".
 
     Its loader asks `torch.cuda.current_device()` twice: for an index to build a device object that a single
     process never uses, then for the device to move the model to. Only those two questions are answered here.
     """
     import torch
 
-    if torch.cuda.is_available():
+    if device == "cuda":
         yield
         return
     answers = iter([0])

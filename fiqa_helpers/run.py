@@ -6,6 +6,7 @@
 import logging
 import os
 import re
+import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -103,7 +104,7 @@ class Run:
         its numbers, `files` what the notebook has made.
         """
         path = self.workspace.run_cards / f"{self.number}.json"
-        minutes, peak = (time.time() - self.started) / 60, machine.peak_memory_gib()
+        minutes, peak = (time.time() - self.started) / 60, machine.peak_memory_gib(self.profile.device)
         with base.disk_errors(path.parent, "set the parameter workdir to another folder"):
             base.write_card(
                 path,
@@ -150,6 +151,7 @@ def quiet() -> None:
     """Silence the library messages that a reader can do nothing about; errors still show."""
     if not base.is_interactive():  # every redrawing of a bar would be kept in the executed file
         os.environ.setdefault("TQDM_DISABLE", "1")
+        sys.modules.setdefault("tqdm.notebook", None)  # widgets, which that does not reach: tqdm.auto prints
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

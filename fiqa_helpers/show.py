@@ -1,6 +1,7 @@
 """Tokens and answers as a reader sees them: escaped HTML in a notebook, plain text everywhere else."""
 
 import base64
+import contextlib
 import html
 import os
 import sys
@@ -133,7 +134,8 @@ def style_page() -> None:
 def show_line(text: str) -> None:
     """Write one line to the process's stderr, past the notebook, which would keep every line as output."""
     terminal = getattr(sys.stderr, "_original_stdstream_copy", None)  # ipykernel has put a pipe in its place
-    os.write(terminal or sys.__stderr__.fileno(), f"{text}\n".encode())
+    with contextlib.suppress(OSError):  # the terminal was closed, and the training has a checkpoint to write
+        os.write(terminal or sys.__stderr__.fileno(), f"{text}\n".encode())
 
 
 def answer_clicks_while_busy(widget) -> None:

@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import warnings
+from unittest import mock
 
 import peft
 import psutil
@@ -92,22 +93,32 @@ def test_nemo_still_needs_the_shim_and_asks_as_it_assumes(tiny_folder):
     with pytest.raises((AssertionError, RuntimeError)):
         NeMoAutoModelForCausalLM.from_pretrained(str(tiny_folder), **arguments)
     answers = []
-    with model.nemo_on_cpu():
+    with model.nemo_on_cpu("cpu"):
         answer = torch.cuda.current_device
         torch.cuda.current_device = lambda: answers.append(answer()) or answers[-1]
         NeMoAutoModelForCausalLM.from_pretrained(str(tiny_folder), **arguments)
     assert answers == [0, torch.device("cpu")]
 
 
-def test_the_shim_restores_what_it_replaced(monkeypatch):
-    """torch.cuda answers wrongly for good, after an error; a GPU machine's model goes to the CPU."""
+def test_the_shim_restores_what_it_replaced():
+    """torch.cuda answers wrongly for good, after an error; a GPU's model goes to the CPU."""
     before = torch.cuda.current_device
-    with pytest.raises(KeyError), model.nemo_on_cpu():
+    with pytest.raises(KeyError), model.nemo_on_cpu("cpu"):
         raise KeyError
     assert torch.cuda.current_device is before
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with model.nemo_on_cpu():
+    with model.nemo_on_cpu("cuda"):
         assert torch.cuda.current_device is before
+
+
+def test_beside_a_gpu_the_cpu_has_a_model_of_its_own(tiny_folder, monkeypatch):
+    """Liger's kernels need a GPU: profile laptop on a machine with one ended in a raw error of Triton."""
+    from nemo_automodel import NeMoAutoModelForCausalLM
+
+    asked = mock.Mock(wraps=NeMoAutoModelForCausalLM.from_pretrained)
+    monkeypatch.setattr(NeMoAutoModelForCausalLM, "from_pretrained", asked)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loaded = model.load_base(profile_of(tiny_folder))
+    assert loaded.device.type == "cpu" and asked.call_args.kwargs["use_liger_kernel"] is False
 
 
 def test_the_profile_decides_the_dtype(tiny_folder):

@@ -43,4 +43,4 @@ def test_the_page_works_from_file_to_adapter(tmp_path):
     losses = re.search(r"validation loss ([\d.]+) -> ([\d.]+)", said[1])
     assert float(losses[2]) < float(losses[1]) - 1, "forty rows in one voice are learned quickly"
     assert "Ask at any lantern desk." in said[3], "the tuned model has taken over the voice of the rows"
-    assert "lora_rank\n    mine: 8\n    mine2: 16" in said[-1]
+    assert re.search(r"^lora_rank +8 +16$", said[-1], re.MULTILINE)

@@ -96,9 +96,11 @@ def test_an_adapter_that_does_not_fit_is_refused(damage, tiny, smollm2, tmp_path
     assert not (tmp_path / "model").exists()
 
 
-def test_served_answers_are_the_models(tiny, merged, tiny_tokenizer, tmp_path):
+def test_served_answers_are_the_models(tiny, merged, tiny_tokenizer, tmp_path, monkeypatch):
     """Base and tuned from one server: `generate`'s own text; and when the block ends nobody listens."""
     import openai
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # an office's proxy does not lead back here
 
     answers = {}
     with ship.serving(tmp_path / "serve.log") as url:
@@ -166,7 +168,9 @@ def test_a_card_says_what_is_known(tmp_path):
     assert (card.data.license, card.data.base_model_relation) == ("other", "merge")
     for words in ("NVIDIA Open Model License", "Llama 3.1 Community License", "Built with Llama"):
         assert words in card.text
-    assert card_of(tmp_path, replace(PROFILES["laptop"], model="/models/mine")).data.base_model is None
+    mine = replace(PROFILES["laptop"], model="/models/mine", data="/home/me/rows.json")
+    card = card_of(tmp_path, mine)
+    assert card.data.base_model is None and "/models" not in card.text and "/home" not in card.text
 
 
 def test_a_card_has_no_metric_without_floor_and_interval(tmp_path):

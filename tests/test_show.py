@@ -1,6 +1,8 @@
 """What readers see of tokens and answers: marked without colour alone, escaped, readable as plain text."""
 
+import os
 import re
+import sys
 
 import pytest
 from bs4 import BeautifulSoup
@@ -59,3 +61,12 @@ def test_each_answer_says_how_it_ended():
     for form in (page_of(shown).get_text(), shown.text):
         assert form.count("(nothing)") == 2 and form.count("token") == 2
         assert "stopped by itself after 1 token)" in form and "cut off at 48 tokens)" in form
+
+
+def test_a_closed_terminal_stops_nothing(monkeypatch):
+    """ssh broke off: the line of progress raised an error before the training had saved its checkpoint."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as gone:
+        monkeypatch.setattr(sys, "__stderr__", gone)
+        show.show_line("step 1 of 24")

@@ -31,6 +31,7 @@ from fiqa_helpers.show import Picture, answer_clicks_while_busy, escape, printab
 HERE = Path(__file__).parent
 EVERY, SELDOM = 0.5, 10.0  # seconds between two drawings, at least and at most; a log gets a line as seldom
 SHARE = 0.005  # of the time may go into drawing
+MEMORY_OF = {True: "GPU memory, reserved", False: "Memory, this process"}
 TRAINING, EVALUATING, SAMPLING = "training", "evaluating on held-out rows", "answering the questions"
 LOGGED = ("loss", "eval_loss", "learning_rate", "tokens_per_second")
 BLUE, ORANGE, INK = "#2f7fc4", "#cf6a16", "#444c56"
@@ -70,7 +71,7 @@ class LivePanel(TrainerCallback, ExportableState):
     ):
         self.questions, self.answer, self.sample_steps = list(questions), answer, sample_steps
         self.title, self.png, self.live = title, png, is_interactive()
-        self.memory_of = "GPU memory, reserved" if torch.cuda.is_available() else "Memory, this process"
+        self.memory_of = MEMORY_OF[torch.cuda.is_available()]
         self.history: list[dict] = []  # a dict per step: "step", "memory_gib" and those of LOGGED that came
         self.samples: list[dict] = []  # "step" (0: the untuned model), "texts", "stopped"
         self.step = self.total = self.resumed_at = 0
@@ -153,7 +154,8 @@ class LivePanel(TrainerCallback, ExportableState):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.step = state.global_step
-        on_gpu = torch.cuda.is_available()
+        on_gpu = next(model.parameters()).is_cuda
+        self.memory_of = MEMORY_OF[on_gpu]
         used = torch.cuda.memory_reserved() if on_gpu else psutil.Process().memory_info().rss
         self._note_down(memory_gib=used / 2**30)
         due = self.sample_steps > 0 and (self.step % self.sample_steps == 0 or self.step >= self.total)

@@ -30,13 +30,14 @@ def gpu() -> Gpu | None:
 
     torch is imported only where a device file says that a GPU is there: that takes seconds.
     """
-    devices = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")  # the last under WSL2
+    devices = ("/dev/nvidiactl", "/dev/nvidia0", "/usr/lib/wsl/lib/libcuda.so.1")  # the last under WSL2
     if "torch" not in sys.modules and not any(map(os.path.exists, devices)):
         return None
     import torch
 
     try:
         free, total = torch.cuda.mem_get_info(0)
+        free += torch.cuda.memory_reserved(0)  # our own, of a run before this one
         torch.zeros(1, device="cuda")  # a torch that was not built for this card fails here
     except (RuntimeError, AssertionError) as error:  # no driver, an old one, a hidden or a busy card
         if not any(map(os.path.exists, devices)):
@@ -63,10 +64,10 @@ def ram_gib() -> float:
     return min(limits) / GIB
 
 
-def peak_memory_gib() -> float:
-    """Largest memory so far in GiB: of this process, or what torch reserved on the GPU if one is in use."""
+def peak_memory_gib(device: str = "cuda") -> float:
+    """Largest memory so far in GiB: of this process, or for "cuda" what torch reserved on a GPU in use."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
+    if device == "cuda" and torch is not None and torch.cuda.is_initialized():
         return torch.cuda.max_memory_reserved() / GIB
     peak = re.search(r"^VmHWM:\s*(\d+) kB", _read("/proc/self/status"), re.MULTILINE)
     # Else, on a Mac, in bytes; on Linux this would count what the parent process held at the start.

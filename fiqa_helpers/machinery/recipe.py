@@ -1,7 +1,7 @@
 """What recipes/fiqa_lora.yaml names: rows, packed batches, the recipe; a run checked, started, followed.
 
 The engine is NeMo AutoModel 0.7.0 under torchrun; its command line takes `--section.key=value` behind the
-file. Importing this module imports nemo_automodel. Where there is no GPU, torchrun runs this module itself.
+file. Importing this module imports nemo_automodel. On a CPU torchrun runs this module itself.
 """
 
 import contextlib
@@ -233,9 +233,14 @@ def _build(config, recipe: RecipeConfig, gpus: int, tokenizer) -> dict[str, obje
 # --- Start a run in processes of its own, and follow it.
 
 
+def on_cpu(changes: Sequence[str]) -> bool:
+    """Whether a run takes the CPU: without a GPU, or where gloo is asked for, as for profile laptop."""
+    return "--dist_env.backend=gloo" in changes or not torch.cuda.is_available()
+
+
 def launch(changes: Sequence[str] = (), gpus: int = 1) -> list[str]:
-    """The command, word by word, for `gpus` GPUs of this machine; without any, for as many processes."""
-    module = "nemo_automodel.cli.app" if torch.cuda.is_available() else "fiqa_helpers.machinery.recipe"
+    """The command, word by word, for `gpus` GPUs of this machine, or on a CPU for as many processes."""
+    module = "fiqa_helpers.machinery.recipe" if on_cpu(changes) else "nemo_automodel.cli.app"
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
     return [*start, "-m", module, str(recipe_file()), *changes]
 
@@ -283,6 +288,7 @@ def run_recipe(changes: Sequence[str], panel: LivePanel, gpus: int = 1) -> Path:
         earlier.unlink()
     threads = str(cpu_cores() // gpus or 1)  # torchrun's own choice is one
     environment = os.environ | {"OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""} if on_cpu(changes) else {}
     with (folder / "run.log").open("wb") as log, panel:
         options = dict(stdout=log, stderr=log, env=environment, start_new_session=True)
         process = subprocess.Popen(launch(changes, gpus), preexec_fn=end_with_parent, **options)
@@ -314,6 +320,6 @@ def why_it_failed(log: Path) -> str:
     return f"The recipe failed ({kind}: {reason[:300].rstrip('.')}): {remedy}look at {log}."
 
 
-if __name__ == "__main__":  # where there is no GPU: what NeMo asks CUDA while it loads a model is answered
-    with model.nemo_on_cpu(), mock.patch.object(torch.cuda, "reset_peak_memory_stats", lambda *_: None):
+if __name__ == "__main__":  # on a CPU: what NeMo asks CUDA while it loads a model is answered
+    with model.nemo_on_cpu("cpu"), mock.patch.object(torch.cuda, "reset_peak_memory_stats", lambda *_: None):
         sys.exit(app.main())

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -119,8 +120,10 @@ def serving(log: Path) -> Iterator[str]:
     address = f"http://{HOST}:{port}"
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--host", HOST]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}  # a request must not make it download a model
+    direct = mock.patch.dict(os.environ, no_proxy=HOST, NO_PROXY=HOST)  # a proxy cannot reach this machine
     with log.open("wb") as out:
         process = subprocess.Popen([*command, "--port", str(port)], stdout=out, stderr=out, env=environment)
+    direct.start()
     try:
         ends = time.monotonic() + 180
         while process.poll() is None and time.monotonic() < ends:
@@ -131,6 +134,7 @@ def serving(log: Path) -> Iterator[str]:
             raise WorkshopError(f"The server was not ready: look at {log}.")
         yield f"{address}/v1"
     finally:
+        direct.stop()
         process.kill()  # it has nothing to save
         process.wait()
 
@@ -158,6 +162,12 @@ def modelfile(gguf: Path, tokenizer, style: str = "plain") -> str:
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the packaged model
 
 
+def shown(place: str) -> str:
+    """A hub id as it is, and of a path its last part: a card gives no folder of somebody's machine away."""
+    local = place.startswith(("/", ".", "~")) or Path(place).exists()
+    return Path(place).name if local else place
+
+
 def write_model_card(folder: Path, run_card: dict, evaluation: dict | None, merged: bool = False) -> Path:
     """Write `folder/README.md`, a Hugging Face model card; returns its path.
 
@@ -165,19 +175,19 @@ def write_model_card(folder: Path, run_card: dict, evaluation: dict | None, merg
     outputs/evaluation/summary.json. A metric stands only with its floors and its interval; without an
     evaluation the card says so. Base models, licences and words are in the template, model_card.md.j2.
     """
-    profile = run_card["profile"]
+    profile = run_card["profile"] | {"data": shown(run_card["profile"]["data"])}
     base = {"packaged": SMOLLM2, "random": None}.get(profile["model"], profile["model"])
     front = ModelCardData(
         license="apache-2.0" if base == SMOLLM2 else "other",
         library_name="transformers" if merged else "peft",
-        base_model=None if str(base).startswith(("/", ".", "~")) else base,  # no path of somebody's machine
+        base_model=base if base and shown(base) == base else None,
         base_model_relation="merge" if merged else "adapter",
     )
     card = ModelCard.from_template(
         front,
         template_path=str(Path(__file__).with_name("model_card.md.j2")),
         profile=profile,
-        base=base or "random weights, for tests",
+        base=shown(base) if base else "random weights, for tests",
         merged=merged,
         run=run_card,
         versions=run_card["versions"],
