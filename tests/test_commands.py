@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
 import nbformat
 import peft
@@ -215,17 +216,19 @@ def test_what_is_not_whole_is_not_ready(project, tmp_path, monkeypatch):
     for name, text in (files | {"wrong.csv": rows.replace("question", "title")}).items():
         (tmp_path / name).write_text(text, "utf-8")
     monkeypatch.setattr(checks, "_packages", lambda: (True, ""))  # pip takes seconds
+    free = mock.Mock(free=14 * 2**30)  # too little for the 16 GB of a model that is not there yet
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: free)
 
     def ready(**changes: str) -> list[bool]:
-        """Whether model and data are."""
+        """Whether disk, model and data are."""
         profile = replace(PROFILES["gpu80"], **changes)
         results = checks.checks(Workspace(str(tmp_path)), profile, offline=True)
-        return [result.ok for result in results if result.name in ("Model", "Data")]
+        return [result.ok for result in results if result.name in ("Disk", "Model", "Data")]
 
-    assert ready(model=str(tmp_path), data="wrong.csv") == [False, False]
+    assert ready(model=str(tmp_path), data="wrong.csv") == [False, False, False]
     (tmp_path / shards[1]).touch()
-    assert ready(model=str(tmp_path), data="rows.csv") == [True, True]
-    assert not ready(model="nobody/nothing")[0]
+    assert ready(model=str(tmp_path), data="rows.csv") == [True, True, True]
+    assert not ready(model="nobody/nothing")[1]
 
 
 # -- ask, compare

@@ -43,8 +43,12 @@ def checks(workspace: Workspace, profile: Profile, offline: bool = False) -> lis
     """All requirements of a run with `profile` in `workspace`; takes seconds, and downloads no model."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    memory, disk = NEEDS[profile.name]
     packaged = profile.model in ("packaged", "random")
+    model, kept = (
+        _packaged("smollm2", away) if packaged else _model(profile, away) for away in (offline, True)
+    )
+    memory, disk = NEEDS[profile.name]
+    disk = min(disk, 2) if kept[0] else disk  # the model is on the disk already
     models = cache_dir() if packaged else Path(HF_HUB_CACHE)
     found = {
         "Python": (_python(), "run `make env` with Python 3.12 or 3.13 on Linux, or WSL2 on Windows"),
@@ -53,7 +57,7 @@ def checks(workspace: Workspace, profile: Profile, offline: bool = False) -> lis
         "Memory, CPU": (_memory(memory), f"{memory} GiB are needed: close programs, or take profile laptop"),
         "Disk": (_disk(models, disk), f"{disk} GiB are needed: set FIQA_CACHE or HF_HOME to another disk"),
         "GPU": (_gpu(profile), CARD),
-        "Model": (_packaged("smollm2", offline) if packaged else _model(profile, offline), FETCH),
+        "Model": (model, FETCH),
         "Data": (_data(profile, workspace, offline), FETCH),
         "MiniLM": (_packaged("minilm", offline), FETCH),
     }
