@@ -24,14 +24,18 @@ def read(name: str) -> dict:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
+def measured() -> list[dict]:
+    """All contenders with a result; Unsloth's ran in an environment of its own, where these cannot be."""
+    return [run for run in read("gpu")["runs"] + read("unsloth")["runs"] if "error" not in run]
+
+
 def pages() -> list[str]:
     """README's lines and the whole of SPEED.md."""
     found, cards = read("gpu"), [card for name in SPEED if (card := read(name))]
-    unsloth = read("unsloth")  # in an environment of its own: nothing here can be installed beside it
     for card in cards:
         card["share"] = card["tokens_per_second"] / cards[0]["tokens_per_second"] / card["gpus"]
         card["memory"] = next(value for key, value in card.items() if key.startswith("peak_"))
-    runs = [run for run in found["runs"] if "error" not in run] + unsloth["runs"]
+    runs = measured()
     template = (HERE / "speed.md.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     text = environment.from_string(template).render(
@@ -42,7 +46,7 @@ def pages() -> list[str]:
         missing=[run for run in found["runs"] if "error" in run],
         date=found["date"],
         versions=VERSIONS,
-        unsloth=unsloth,
+        unsloth=read("unsloth"),
         cards=cards,
         one=cards[0],
         agree=read("recipe_agree"),
@@ -54,8 +58,7 @@ def pages() -> list[str]:
 
 def picture() -> None:
     """Bars of tokens/s, labelled, that need no colour."""
-    runs = [run for run in read("gpu")["runs"] + read("unsloth")["runs"] if "error" not in run]
-    runs.sort(key=lambda run: run["tokens_per_second"])
+    runs = sorted(measured(), key=lambda run: run["tokens_per_second"])
     figure = Figure(figsize=(8, 0.5 * len(runs) + 1), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh([run["title"] for run in runs], [run["tokens_per_second"] for run in runs], color="0.55")

@@ -168,9 +168,9 @@ def test_a_card_says_what_is_known(tmp_path):
     assert (card.data.license, card.data.base_model_relation) == ("other", "merge")
     for words in ("NVIDIA Open Model License", "Llama 3.1 Community License", "Built with Llama"):
         assert words in card.text
-    mine = replace(PROFILES["laptop"], model="/models/mine", data="/home/me/rows.json")
+    mine = replace(PROFILES["laptop"], model="/models/mine", data="/mine/rows.json")
     card = card_of(tmp_path, mine)
-    assert card.data.base_model is None and "/models" not in card.text and "/home" not in card.text
+    assert card.data.base_model is None and "/models" not in card.text and "/mine" not in card.text
 
 
 def test_a_card_has_no_metric_without_floor_and_interval(tmp_path):

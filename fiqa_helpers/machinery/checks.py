@@ -44,9 +44,11 @@ def checks(workspace: Workspace, profile: Profile, offline: bool = False) -> lis
     from huggingface_hub.constants import HF_HUB_CACHE
 
     packaged = profile.model in ("packaged", "random")
-    model, kept = (
-        _packaged("smollm2", away) if packaged else _model(profile, away) for away in (offline, True)
-    )
+
+    def model(offline: bool) -> Found:
+        return _packaged("smollm2", offline) if packaged else _model(profile, offline)
+
+    kept = model(offline=True)
     memory, disk = NEEDS[profile.name]
     disk = min(disk, 2) if kept[0] else disk  # the model is on the disk already
     models = cache_dir() if packaged else Path(HF_HUB_CACHE)
@@ -57,7 +59,7 @@ def checks(workspace: Workspace, profile: Profile, offline: bool = False) -> lis
         "Memory, CPU": (_memory(memory), f"{memory} GiB are needed: close programs, or take profile laptop"),
         "Disk": (_disk(models, disk), f"{disk} GiB are needed: set FIQA_CACHE or HF_HOME to another disk"),
         "GPU": (_gpu(profile), CARD),
-        "Model": (model, FETCH),
+        "Model": (kept if kept[0] or offline else model(offline), FETCH),
         "Data": (_data(profile, workspace, offline), FETCH),
         "MiniLM": (_packaged("minilm", offline), FETCH),
     }
