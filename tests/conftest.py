@@ -29,6 +29,11 @@ settings.load_profile("same")
 PROJECT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The executed notebooks first: with two workers, what takes longest must not be begun last."""
+    items.sort(key=lambda item: "executed" not in item.fixturenames)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked `cuda` are skipped, by name, where torch finds no GPU."""
     if item.get_closest_marker("cuda"):
