@@ -30,8 +30,12 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The executed notebooks first: with two workers, what takes longest must not be begun last."""
-    items.sort(key=lambda item: "executed" not in item.fixturenames)
+    """Files with what may take longest first: begun last, one of two workers would wait for the other."""
+    longest: dict[Path, int] = {}
+    for item in items:
+        for mark in item.iter_markers("timeout"):
+            longest[item.path] = max(mark.args[0], longest.get(item.path, 0))
+    items.sort(key=lambda item: -longest.get(item.path, 0))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -105,14 +109,14 @@ def one_thread():
 SHORT = "{max_steps: 6, eval_steps: 3, sample_steps: 3, eval_rows: 6, max_new_tokens: 32, batch_size: 2}"
 
 
-def add_solved(notebook: Path, short: bool) -> None:
-    """Put each solution and its check behind the reader's own, which is open; in short, none that trains."""
+def add_solved(notebook: Path) -> None:
+    """Put each solution and its check behind the reader's own, which is open; but one that trains twice."""
     solutions = nbformat.read(PROJECT / "notebooks" / "solutions" / notebook.name, 4)
     solved = {cell["id"].split("-")[-1]: cell for cell in solutions.cells if "-solution-" in cell["id"]}
     lesson, cells = nbformat.read(notebook, 4), []
     for cell in lesson.cells:
         cells.append(cell)
-        if "check" in cell.metadata.get("tags", []) and not (short and cell["id"] == "ex-04-3-check"):
+        if "check" in cell.metadata.get("tags", []) and cell["id"] != "ex-04-3-check":  # see test_exercises
             number = cell["id"].split("-")[2]
             cells += [solved[number], nbformat.from_dict({**cell, "id": f"{cell['id']}-solved"})]
     lesson.cells = cells
@@ -135,7 +139,7 @@ def executed(request, tmp_path_factory) -> Path:
             values |= {"overrides": SHORT} | ({"rows": 6} if name.startswith("06") else {})
         source, target = PROJECT / "notebooks" / name, folder / name
         papermill.execute_notebook(source, target, values, prepare_only=True, progress_bar=False)
-        add_solved(target, request.param == "short")
+        add_solved(target)
     nbmake = ["pytest", "--nbmake", "--overwrite", "--nbmake-timeout=1800", "-p", "no:cacheprovider", "-q"]
     command = [sys.executable, "-m", *nbmake, "--rootdir", str(folder), *files]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True)

@@ -151,7 +151,8 @@ def test_the_stick_is_enough_without_a_network(project, tmp_path):
     laptop = ("--profile", "laptop")
     assert "to be taken out of" in without_network(*workshop, "check", "--offline", *laptop).stdout
     without_network(*workshop, "run", "--only", "00-02", *laptop)
-    done = without_network(*workshop, "run", "--only", "05,06", *laptop)
+    short = ("--overrides", "{max_new_tokens: 16}", "-p", "rows=6")
+    done = without_network(*workshop, "run", "--only", "05,06", *laptop, *short)
     assert re.search(r"05_generate +\d.*\n06_evaluate +\d", done.stdout)
     executed = (folder / "outputs" / "executed" / "05_generate.ipynb").read_text("utf-8")
     assert "Notebook 04 was not run in this workdir" in executed and "Precomputed run: " in executed

@@ -350,7 +350,7 @@ def test_chain_of_kills_ends_bitwise_like_an_unkilled_run(trainings, tmp_path):
     life = (time.monotonic() - started) / 6
     moments, hits, writes = random.Random(2026), Counter(), 0
     aims = [("", life), ("saving", 0.02), ("evaluating", 0.2)]
-    aims += [("", life), ("sampling", 0.1), ("training", 0.3)]
+    aims += [("", life), ("sampling", 0.03), ("training", 0.3)]
     workdir, run = tmp_path / "killed", run_folder(tmp_path / "killed")
     for number in range(20):
         phase, longest = aims[number % len(aims)]

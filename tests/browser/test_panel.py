@@ -165,8 +165,7 @@ def test_what_a_person_does_with_the_panel(start, served, page):
         notebook.shot(f"panel-small-{width}", of=PANEL)
         assert page.evaluate(OUTSIDE) == [], width
     notebook.command("apputils:change-theme", theme="JupyterLab Dark")
-    page.wait_for_function(f"() => (({LIGHT})())[1] < 0.2")
-    assert page.evaluate(LIGHT)[0] > 0.7
+    page.wait_for_function(f"() => (({LIGHT})())[1] < 0.2 && (({LIGHT})())[0] > 0.7")
     wait_for_file(served / notebook.name, SAVED)
     page.reload()
     page.wait_for_selector(f"{PANEL} svg", timeout=60_000)

@@ -45,7 +45,7 @@ def test_a_training_and_its_playground_on_a_laptop(served, lab, page):
     command = [sys.executable, "-m", "fiqa_helpers", "run", "--profile", "laptop", "--only", "01-03"]
     subprocess.run([*command, "--workdir", str(workdir)], check=True)
     cost = "print(panel.drawing_seconds, panel.seconds)"
-    short = "{max_steps: 16, max_new_tokens: 32}"
+    short = "{max_steps: 16, batch_size: 4, max_new_tokens: 32}"
     notebook = Notebook(page, *lab, place(served, workdir, "04", last=cost, overrides=short))
     notebook.run_all()
     at_step(page, 15, 900)
