@@ -38,18 +38,18 @@ run: env  ## run the whole tutorial without a browser, with progress; ends with 
 	@$(python) -m fiqa_helpers run --profile "$$FIQA_PROFILE" --overrides "$$FIQA_OVERRIDES" \
 		--workdir "$$FIQA_WORKDIR" --only "$$FIQA_ONLY" $(if $(filter-out 0 no false,$(FRESH)),-p on_existing=fresh) $(ARGS)
 
-# Two files of tests at a time, on any machine; in their order, which has what takes longest first (conftest.py).
+# Several files of tests at a time; in their order, which has what may take longest first (conftest.py).
 # ARGS="-n 0" runs one after the other, for a debugger.
-two_at_a_time = -n 2 --dist loadfile --no-loadscope-reorder
+by_file = --dist loadfile --no-loadscope-reorder
 test: env  ## lint, unit tests, and every notebook executed once, shortened
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
 	@$(call extra,book,myst_nb furo)
-	@$(python) -m pytest -m "not slow" $(two_at_a_time) $(ARGS)
+	@$(python) -m pytest -m "not slow" -n 2 $(by_file) $(ARGS)
 
 test-slow: env  ## the second tier of tests: longer runs, kills, resumes
 	@$(python) -m pytest -m slow tests/test_notebooks.py $(ARGS)  # alone, as it has a limit of minutes
-	@$(python) -m pytest -m slow --ignore tests/test_notebooks.py $(two_at_a_time) $(ARGS)
+	@$(python) -m pytest -m slow --ignore tests/test_notebooks.py -n 3 $(by_file) $(ARGS)  # they wait a lot
 
 # Settings (scripts/lab/overrides.json) and layout (kept in outputs/) of the project: nothing of your own JupyterLab's
 # is changed, and what you have set for yourself there still counts. A kernel that has run nothing for IDLE seconds (0: ever

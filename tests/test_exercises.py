@@ -71,6 +71,7 @@ def test_the_notebooks_are_in_step_with_the_solutions():
 
 
 # The first four need the rows of notebook 01 alone, the others an adapter that was trained.
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     "path",
     [pytest.param(path, marks=[pytest.mark.slow] * (path.name > "04"), id=path.stem) for path in SOLUTIONS],

@@ -391,6 +391,7 @@ def run_notebooks(workdir: Path, only: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 @pytest.mark.notebooks
+@pytest.mark.timeout(1800)
 def test_notebook_04_goes_on_after(tmp_path):
     """Its kernel killed, SIGTERM to all: the failure is not silent, and the same command again resumes."""
     run = run_folder(tmp_path)
