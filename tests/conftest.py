@@ -27,15 +27,14 @@ settings.register_profile("same", deadline=None, derandomize=True, database=None
 settings.load_profile("same")
 
 PROJECT = Path(__file__).resolve().parent.parent
+# Files of tests that take longest.
+LONG = ["notebooks", "workshop", "own_data", "security", "training", "project_files", "recipe", "exercises"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with what may take longest first: begun last, one of two workers would wait for the other."""
-    longest: dict[Path, int] = {}
-    for item in items:
-        for mark in item.iter_markers("timeout"):
-            longest[item.path] = max(mark.args[0], longest.get(item.path, 0))
-    items.sort(key=lambda item: -longest.get(item.path, 0))
+    """The longest first: begun last, one would keep a worker busy while the others have nothing to do."""
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -112,6 +112,7 @@ def test_the_saved_adapter_loads_on_plain_transformers(executed, smollm2):
     assert (there - base).abs().max() > 0.01  # and the adapter does something
 
 
+@pytest.mark.parametrize("executed", ["short"], indirect=True)  # after the whole run it would say the same
 def test_a_finished_run_is_not_trained_again(executed, tmp_path):
     """Run All a second time must say that the run is finished, and leave the good adapter as it is."""
     adapter = executed / "checkpoints" / "final_model" / "adapter_model.safetensors"
